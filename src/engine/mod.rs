@@ -1,0 +1,1 @@
+//! Candidate groups: generation, sampling, stop conditions, selection.

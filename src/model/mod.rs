@@ -1,0 +1,4 @@
+//! A language model: its files, its text side (tokenizer, chat template) and its forward pass.
+
+pub mod config;
+pub mod tensor;
