@@ -1,0 +1,1 @@
+//! The CPU backend: rayon threads, SIMD chosen at run time.
