@@ -1,1 +1,4 @@
 //! The CPU backend: rayon threads, SIMD chosen at run time.
+
+pub mod sample;
+pub mod softmax;
