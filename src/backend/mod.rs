@@ -21,10 +21,8 @@ pub enum BackendError {
     OutOfMemory { what: String, needed: usize },
     #[error("cannot start {threads} threads: {reason}")]
     Threads { threads: usize, reason: String },
-    #[error(
-        "the model's logits are not numbers (row {row}): its weights or their format are broken"
-    )]
-    NotANumber { row: usize },
+    #[error(transparent)]
+    Logits(#[from] sampling::LogitsError),
 }
 
 /// Tokens that go through the model together.

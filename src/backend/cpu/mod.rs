@@ -6,7 +6,9 @@ pub mod matmul;
 pub mod matrix;
 pub mod rope;
 pub mod rows;
+pub mod sample;
 pub mod simd;
+pub mod softmax;
 pub mod team;
 
 use super::sampling::{SampleRow, Sampled};
@@ -69,6 +71,20 @@ impl Cpu {
 
     pub fn team(&self) -> &Team {
         &self.team
+    }
+
+    /// `f` of every row, on all threads.
+    fn map_rows<T: Send>(&self, rows: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+        let results: Vec<Mutex<Option<T>>> = (0..rows).map(|_| Mutex::new(None)).collect();
+        self.team.run(rows, |row| {
+            let result = f(row);
+            if let Ok(mut place) = results[row].lock() {
+                *place = Some(result);
+            }
+        });
+        // `run` has returned, so every task has stored its result.
+        let results = results.into_iter().map(|result| result.into_inner().ok().flatten());
+        results.flatten().collect()
     }
 
     fn scratch(&self) -> MutexGuard<'_, Scratch> {
@@ -347,12 +363,18 @@ impl Backend for Cpu {
         matmul(&self.team, self.isa, inputs, weight, None, epilogue, out);
     }
 
-    fn sample(&self, _logits: &Rows, _rows: &[SampleRow]) -> Result<Vec<Sampled>, BackendError> {
-        todo!()
+    fn sample(&self, logits: &Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>, BackendError> {
+        let drawn = self.map_rows(rows.len(), |i| {
+            sample::sample(logits.row(rows[i].row), &rows[i])
+        });
+        Ok(drawn.into_iter().collect::<Result<_, _>>()?)
     }
 
-    fn token_logprobs(&self, _logits: &Rows, _tokens: &[u32]) -> Result<Vec<f32>, BackendError> {
-        todo!()
+    fn token_logprobs(&self, logits: &Rows, tokens: &[u32]) -> Result<Vec<f32>, BackendError> {
+        Ok(self.map_rows(tokens.len(), |row| {
+            let logits = logits.row(row);
+            logits[tokens[row] as usize] - softmax::statistics(logits).log_sum_exp
+        }))
     }
 }
 
