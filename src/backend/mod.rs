@@ -122,6 +122,9 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Copies rows, `(from, to)` each.
     fn copy_rows(&self, from: &Self::Rows, moves: &[(usize, usize)], to: &mut Self::Rows);
 
+    /// Copies a row onto another of the same rows.
+    fn copy_row_within(&self, rows: &mut Self::Rows, from: usize, to: usize);
+
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
     /// Makes room for the batch's pages and readies its positions. `ropes` are all that its layers use.
     fn plan(

@@ -146,6 +146,11 @@ impl Backend for Cpu {
         }
     }
 
+    fn copy_row_within(&self, rows: &mut Rows, from: usize, to: usize) {
+        let row = rows.row(from).to_vec();
+        rows.row_mut(to).copy_from_slice(&row);
+    }
+
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache, BackendError> {
         Ok(KvCache::new(shape))
     }
