@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import families
+import gguf_files
 import gguf_models
 import golden
 import smollm2
@@ -123,14 +124,14 @@ def main() -> None:
         if arguments.action == "write":
             gguf_models.write(spec, folder)
         else:
-            check(gguf_models.load(folder / "model.gguf"), folder / "golden.safetensors")
+            check(gguf_files.load(folder / "model.gguf", spec.config), folder / "golden.safetensors")
     if arguments.smollm2 and wanted("smollm2"):
         print("smollm2")
         path = ROOT / "smollm2" / "golden.safetensors"
         if arguments.action == "write":
             smollm2.write(arguments.smollm2, path)
         else:
-            check(gguf_models.load(arguments.smollm2), path)
+            check(gguf_files.load(arguments.smollm2), path)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import gguf_files
 import golden
-import gguf_models
 
 PROMPT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -36,7 +36,7 @@ def write(gguf_file: Path, path: Path) -> None:
         return encoded
 
     sequences = golden.Sequences(ids(PROMPT), [ids(candidate) for candidate in CANDIDATES])
-    model = gguf_models.load(gguf_file)
+    model = gguf_files.load(gguf_file)
     result = golden.compute(model, sequences, LAYERS, LOGITS_OF)
 
     # transformers reads GGUF files too, and puts the permuted rows back with code of its own.
