@@ -50,3 +50,58 @@ fn find<'a>(
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::reference::{config, random_ranker};
+    use super::super::{RankerConfig, RankerKind};
+    use super::*;
+
+    #[test]
+    fn every_embedded_ranker_loads_and_is_small() {
+        assert_eq!(builtin().len(), FILES.len());
+        assert!(FILES.iter().all(|bytes| bytes.len() < 1 << 20));
+        for ranker in builtin() {
+            let RankerConfig {
+                name,
+                model_fingerprint,
+                ..
+            } = ranker.config();
+            let found = find_builtin(name, model_fingerprint).unwrap();
+            assert_eq!(
+                found.config(),
+                ranker.config(),
+                "two rankers are called {name}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_name_goes_before_a_task_and_the_model_must_be_the_same() {
+        let ranker = |name: &str, task: &str, fingerprint: &str| {
+            let config = RankerConfig {
+                name: name.into(),
+                task: Some(task.into()),
+                model_fingerprint: fingerprint.into(),
+                ..config(RankerKind::Linear, 4)
+            };
+            random_ranker(config, 1)
+        };
+        let rankers = [
+            ranker("elsewhere", "gcd", "B"),
+            ranker("sums", "gcd", "A"),
+            ranker("gcd", "other", "A"),
+            ranker("third", "family", "A"),
+        ];
+        let name =
+            |name: &str| find(&rankers, name, "A").map(|ranker| ranker.config().name.clone());
+        assert_eq!(name("gcd").unwrap(), "gcd");
+        assert_eq!(name("family").unwrap(), "third");
+        assert_eq!(
+            name("elsewhere").unwrap_err().to_string(),
+            "no built-in ranker is called `elsewhere`; for this model there are: sums, gcd, third"
+        );
+        let message = find(&rankers, "gcd", "C").unwrap_err().to_string();
+        assert!(message.ends_with("there is none for this model: give a ranker's file"));
+    }
+}

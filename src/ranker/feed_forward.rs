@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::file::RankerTensor;
-use super::simd::{Isa, PackedMatrix, PackedRows, Rows, gelu, layer_norm};
+use super::simd::{Isa, PackedMatrix, PackedRows, Rows, add, gelu, layer_norm};
 
 /// A matrix with a bias, as a block has several of them.
 #[derive(Clone, Debug)]
@@ -47,9 +47,7 @@ impl Linear {
             false,
         );
         for row in out.chunks_exact_mut(outer) {
-            row.iter_mut()
-                .zip(&self.bias)
-                .for_each(|(out, bias)| *out += bias);
+            add(row, &self.bias);
         }
     }
 }
@@ -73,10 +71,10 @@ impl LayerNorm {
 
     /// Normalises the first numbers of every row of `x` into the packed rows of `out`.
     #[inline(always)]
-    pub fn apply<I: Isa>(&self, x: &[f32], stride: usize, out: &mut [f32]) {
+    pub fn apply<I: Isa>(&self, isa: I, x: &[f32], stride: usize, out: &mut [f32]) {
         let width = self.gain.len();
         for (x, out) in x.chunks_exact(stride).zip(out.chunks_exact_mut(width)) {
-            layer_norm::<I>(&x[..width], &self.gain, &self.bias, out);
+            layer_norm(isa, &x[..width], &self.gain, &self.bias, out);
         }
     }
 }
@@ -108,10 +106,12 @@ impl FeedForward {
         let width = self.down.bias.len();
         let mut narrow = vec![0.0; x.len()];
         let mut wide = vec![0.0; x.len() / width * self.up.bias.len()];
-        self.norm.apply::<I>(x, width, &mut narrow);
+        self.norm.apply(isa, x, width, &mut narrow);
         self.up.apply(isa, &narrow, &mut wide);
-        wide.iter_mut().for_each(|value| *value = gelu::<I>(*value));
+        for value in &mut wide {
+            *value = gelu::<I>(*value);
+        }
         self.down.apply(isa, &wide, &mut narrow);
-        x.iter_mut().zip(&narrow).for_each(|(x, added)| *x += added);
+        add(x, &narrow);
     }
 }

@@ -542,3 +542,274 @@ fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     File::open(folder)?.sync_all()?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::reference::{config, random_ranker};
+    use super::*;
+
+    fn good(kind: RankerKind) -> Ranker {
+        random_ranker(config(kind, 24), 5)
+    }
+
+    /// The message for a ranker whose description and tensors were changed.
+    fn message(
+        kind: RankerKind,
+        change: impl Fn(&mut RankerConfig, &mut BTreeMap<String, RankerTensor>),
+    ) -> String {
+        let ranker = good(kind);
+        let (mut config, mut tensors) = (ranker.config().clone(), ranker.tensors().clone());
+        change(&mut config, &mut tensors);
+        let message = Ranker::new(config, tensors)
+            .expect_err("it was spoilt")
+            .to_string();
+        assert!(!message.contains('\n'), "{message}");
+        message
+    }
+
+    /// The bytes of a file of the given description, with the tensors of a good ranker.
+    fn file_with(description: Option<&str>) -> Vec<u8> {
+        let data = 1f32.to_le_bytes();
+        let view = TensorView::new(Dtype::F32, vec![1], &data).unwrap();
+        let metadata = description.map(|d| HashMap::from([(METADATA_KEY.into(), d.into())]));
+        safetensors::serialize([("linear.bias", view)], metadata).unwrap()
+    }
+
+    #[test]
+    fn a_saved_ranker_is_the_same_when_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        for kind in [
+            RankerKind::Listwise,
+            RankerKind::Pointwise,
+            RankerKind::Linear,
+        ] {
+            let mut config = config(kind, 24);
+            config.task = Some("gcd".into());
+            config.training.insert("seed".into(), 7.into());
+            if kind == RankerKind::Pointwise {
+                config.relevance = Some(Relevance::Cosine);
+            }
+            let ranker = random_ranker(config, 5);
+            let path = folder.path().join("ranker.safetensors");
+            ranker.save(&path).unwrap();
+            let loaded = Ranker::load(&path).unwrap();
+            assert_eq!(loaded.config(), ranker.config());
+            assert_eq!(loaded.tensors(), ranker.tensors());
+            assert_eq!(std::fs::read(&path).unwrap(), ranker.to_bytes().unwrap());
+            // Nothing temporary is left behind.
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        }
+    }
+
+    #[test]
+    fn a_failed_save_leaves_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        // A folder of that name cannot be replaced by a file.
+        let path = folder.path().join("taken");
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("inside"), "x").unwrap();
+        let error = good(RankerKind::Linear).save(&path).unwrap_err();
+        assert!(
+            error.to_string().starts_with("cannot write ranker "),
+            "{error}"
+        );
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        let missing = folder.path().join("no/such/folder/r.safetensors");
+        assert!(matches!(
+            good(RankerKind::Linear).save(&missing),
+            Err(RankerFileError::Write { .. })
+        ));
+    }
+
+    #[test]
+    fn files_that_are_no_rankers() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("r.safetensors");
+        assert!(matches!(
+            Ranker::load(&path),
+            Err(RankerFileError::Read { .. })
+        ));
+        let load = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            let message = Ranker::load(&path).unwrap_err().to_string();
+            assert!(!message.contains('\n'), "{message}");
+            message
+        };
+        let bytes = good(RankerKind::Linear).to_bytes().unwrap();
+        for cut in [0, 4, 8, 50, bytes.len() - 1] {
+            assert!(
+                load(&bytes[..cut]).contains("not a safetensors file"),
+                "cut at {cut}"
+            );
+        }
+        let mut hostile = bytes.clone();
+        hostile[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(load(&hostile).contains("not a safetensors file"));
+        assert!(load(&vec![0; MAX_FILE_BYTES as usize + 1]).contains("16777217 bytes"));
+        assert!(load(&file_with(None)).contains("no `podium.ranker`"));
+        assert!(load(&file_with(Some("{"))).contains("cannot be read"));
+        let description = serde_json::to_value(config(RankerKind::Linear, 24)).unwrap();
+        let with = |field: &str, value: Value| {
+            let mut description = description.clone();
+            description[field] = value;
+            load(&file_with(Some(&description.to_string())))
+        };
+        assert!(with("kind", "best".into()).contains("unknown variant `best`, expected one of"));
+        assert!(with("hidden_size", (-1).into()).contains("cannot be read"));
+        assert!(with("final_norm", true.into()).contains("unknown field `final_norm`"));
+        assert!(with("format_version", 2.into()).contains("format_version is 2"));
+        assert!(with("name", "x".into()).contains("`normalization.candidate.mean` is missing"));
+    }
+
+    #[test]
+    fn tensors_are_f32() {
+        let ranker = good(RankerKind::Linear);
+        let data = [0u8; 2];
+        let view = TensorView::new(Dtype::F16, vec![1], &data).unwrap();
+        let description = serde_json::to_string(ranker.config()).unwrap();
+        let metadata = HashMap::from([(METADATA_KEY.to_owned(), description)]);
+        let bytes = safetensors::serialize([("linear.bias", view)], Some(metadata)).unwrap();
+        let message = Ranker::from_bytes(&bytes).unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "tensor `linear.bias` is F16; a ranker's tensors are F32"
+        );
+    }
+
+    #[test]
+    fn inconsistent_descriptions_are_refused() {
+        use RankerKind::*;
+        for (kind, change, expected) in [
+            (
+                Listwise,
+                (|c| c.heads = None) as fn(&mut RankerConfig),
+                "heads is missing",
+            ),
+            (
+                Listwise,
+                |c| c.heads = Some(5),
+                "heads is 5, but must divide projection_width, 64",
+            ),
+            (Listwise, |c| c.heads = Some(0), "heads is 0"),
+            (
+                Listwise,
+                |c| c.projection_width = Some(60),
+                "projection_width is 60",
+            ),
+            (
+                Listwise,
+                |c| c.projection_width = Some(0),
+                "projection_width is 0",
+            ),
+            (
+                Listwise,
+                |c| c.feed_forward_width = Some(usize::MAX),
+                "feed_forward_width is",
+            ),
+            (
+                Listwise,
+                |c| c.feed_forward_width = Some(1 << 60),
+                "parameters; a ranker has fewer",
+            ),
+            (
+                Listwise,
+                |c| c.projection_width = Some(1 << 40),
+                "parameters; a ranker has fewer",
+            ),
+            (Listwise, |c| c.relevance = None, "relevance is missing"),
+            (
+                Pointwise,
+                |c| c.heads = Some(4),
+                "heads is given, but a pointwise ranker has none",
+            ),
+            (Pointwise, |c| c.hidden_size = 0, "hidden_size is 0"),
+            (Pointwise, |c| c.hidden_size = 7600, "503248 parameters"),
+            (
+                Pointwise,
+                |c| c.hidden_size = usize::MAX,
+                "parameters; a ranker has fewer",
+            ),
+            (
+                Linear,
+                |c| c.relevance = Some(Relevance::Dot),
+                "relevance is given",
+            ),
+            (
+                Linear,
+                |c| c.layer = 0,
+                "layer is 0, but must be within 1..=3",
+            ),
+            (
+                Linear,
+                |c| c.layer = 4,
+                "layer is 4, but must be within 1..=3",
+            ),
+            (
+                Linear,
+                |c| c.extra_inputs = vec![ExtraInput::Length; 2],
+                "one input twice",
+            ),
+            (Linear, |c| c.model_fingerprint.clear(), "must not be empty"),
+        ] {
+            let message = message(kind, |config, _| change(config));
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_refused() {
+        let message = |change: fn(&mut BTreeMap<String, RankerTensor>)| {
+            message(RankerKind::Listwise, |_, tensors| change(tensors))
+        };
+        fn of<'a>(t: &'a mut BTreeMap<String, RankerTensor>, name: &str) -> &'a mut RankerTensor {
+            t.get_mut(name).unwrap()
+        }
+        assert_eq!(
+            message(|t| _ = t.remove("attention.qkv.bias")),
+            "tensor `attention.qkv.bias` is missing; its shape would be [192]"
+        );
+        assert_eq!(
+            message(|t| {
+                let extra = t["attention.qkv.bias"].clone();
+                t.insert("attention.rope".into(), extra);
+            }),
+            "tensor `attention.rope` is not part of a ranker of this description"
+        );
+        assert_eq!(
+            message(|t| of(t, "projection.weight").shape = vec![64, 25]),
+            "tensor `projection.weight` has shape [64, 25], but the description asks for [25, 64]"
+        );
+        assert!(message(|t| _ = of(t, "projection.weight").data.pop()).contains("holds 1599"));
+        assert_eq!(
+            message(|t| of(t, "feed_forward.up.bias").data[3] = f32::NAN),
+            "number 3 of tensor `feed_forward.up.bias` is NaN"
+        );
+        for value in [0.0, -1.0, 1e-45] {
+            let scale = |t: &mut BTreeMap<String, RankerTensor>, value| {
+                of(t, "normalization.prompt.scale").data[1] = value;
+            };
+            let ranker = good(RankerKind::Listwise);
+            let mut tensors = ranker.tensors().clone();
+            scale(&mut tensors, value);
+            let problem = Ranker::new(ranker.config().clone(), tensors).unwrap_err();
+            assert!(
+                matches!(problem, InvalidRanker::NotPositive { index: 1, .. }),
+                "{problem}"
+            );
+        }
+    }
+
+    #[test]
+    fn parameters_are_those_of_the_paper() {
+        // Hidden size 5120: 0.36M, of which the projection is 327,680.
+        let mut config = config(RankerKind::Listwise, 5120);
+        config.extra_inputs.clear();
+        assert_eq!(config.parameters(), 327_680 + 33_472);
+        config.hidden_size = 4096;
+        assert_eq!(config.parameters(), 262_144 + 33_472);
+        // Statistics are not counted.
+        let with_statistics = config.parameters();
+        config.normalization = Normalization::None;
+        assert_eq!(config.parameters(), with_statistics);
+    }
+}

@@ -15,7 +15,7 @@ use super::file::{RankerConfig, RankerTensor};
 use super::projection::{Inputs, Projection, fill_rows};
 use super::relevance::Relevance;
 use super::simd::{
-    Isa, Kernel, PackedMatrix, PackedRows, ROW_GROUP, Rows, dispatch, padded, softmax,
+    Isa, Kernel, PackedMatrix, PackedRows, ROW_GROUP, Rows, add, dispatch, padded, softmax,
 };
 
 #[derive(Clone, Debug)]
@@ -139,7 +139,7 @@ impl Kernel for ProjectRows<'_> {
             .chunk(isa, inputs, first, rows, chunk, stride);
         let mut normalized = vec![0.0; padded_rows * width];
         let mut qkv = vec![0.0; padded_rows * 3 * width];
-        ranker.norm.apply::<I>(chunk, stride, &mut normalized);
+        ranker.norm.apply(isa, chunk, stride, &mut normalized);
         ranker.qkv.apply(isa, &normalized, &mut qkv);
         for (row, qkv) in chunk
             .chunks_exact_mut(stride)
@@ -211,7 +211,7 @@ impl Kernel for ProcessRows<'_> {
                 false,
             );
             for row in weights.chunks_exact_mut(padded(keys)) {
-                softmax::<I>(row, keys, 1.0 / (head_dim as f32).sqrt());
+                softmax(isa, row, keys, 1.0 / (head_dim as f32).sqrt());
             }
             let from = Rows {
                 data: &weights[..],
@@ -246,9 +246,7 @@ impl Kernel for ProcessRows<'_> {
             .chunks_exact_mut(width)
             .zip(projected.chunks_exact(stride))
         {
-            row.iter_mut()
-                .zip(projected)
-                .for_each(|(row, projected)| *row += projected);
+            add(row, projected);
         }
         ranker.feed_forward.apply(isa, chunk);
         true

@@ -142,6 +142,16 @@ impl Statistics {
             inverse_scale,
         }
     }
+
+    /// Standardises coordinates `from..` of a row.
+    #[inline(always)]
+    fn standardize(&self, x: &[f32], from: usize, to: &mut [f32]) {
+        let mean = &self.mean[from..][..x.len()];
+        let inverse_scale = &self.inverse_scale[from..][..x.len()];
+        for (((to, x), mean), inverse_scale) in to.iter_mut().zip(x).zip(mean).zip(inverse_scale) {
+            *to = (x - mean) * inverse_scale;
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -190,6 +200,46 @@ impl Projection {
         }
     }
 
+    /// Multiplies `inner` normalised numbers a row, those from coordinate `from` on, into `out`; adds
+    /// to what the coordinates before them gave.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "two places of the function below"
+    )]
+    #[inline(always)]
+    fn multiply<I: Isa>(
+        &self,
+        isa: I,
+        rows: usize,
+        normalized: &[f32],
+        from: usize,
+        inner: usize,
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        let a = Rows {
+            data: normalized,
+            offset: 0,
+            stride: inner,
+        };
+        let b = PackedRows {
+            matrix: &self.weight,
+            first: from,
+        };
+        isa.matmul(
+            rows,
+            inner,
+            a,
+            b,
+            Rows {
+                data: out,
+                offset: 0,
+                stride,
+            },
+            from > 0,
+        );
+    }
+
     /// Projects rows `first..first + rows` of `inputs` (row 0 is the prompt) into the first columns
     /// of `out`, whose rows are rounded up to whole [`ROW_GROUP`]s. Says whether all numbers were
     /// finite.
@@ -208,29 +258,6 @@ impl Projection {
         let mut normalized =
             vec![0.0; padded_rows * COORDINATES.min(hidden_size.max(inputs.extra_inputs.len()))];
         let mut largest = 0;
-        let mut multiply = |normalized: &[f32], inner: usize, from: usize| {
-            let a = Rows {
-                data: normalized,
-                offset: 0,
-                stride: inner,
-            };
-            let out = Rows {
-                data: &mut *out,
-                offset: 0,
-                stride,
-            };
-            isa.matmul(
-                padded_rows,
-                inner,
-                a,
-                PackedRows {
-                    matrix: &self.weight,
-                    first: from,
-                },
-                out,
-                from > 0,
-            );
-        };
         let inverse_rms: Vec<f32> = match self.normalizer {
             Normalizer::Rms => (0..rows)
                 .map(|row| inverse_rms(inputs.row(first + row)))
@@ -241,63 +268,59 @@ impl Projection {
             let inner = COORDINATES.min(hidden_size - from);
             for (row, to) in normalized.chunks_exact_mut(inner).take(rows).enumerate() {
                 let x = &inputs.row(first + row)[from..from + inner];
-                largest = x.iter().fold(largest, |largest: u32, x| {
-                    largest.max(x.to_bits() & 0x7fff_ffff)
-                });
+                for x in x {
+                    largest = largest.max(x.to_bits() & 0x7fff_ffff);
+                }
+                let is_prompt = first + row == 0;
                 match &self.normalizer {
                     Normalizer::None => to.copy_from_slice(x),
-                    Normalizer::Rms => {
-                        to.iter_mut()
-                            .zip(x)
-                            .for_each(|(to, x)| *to = x * inverse_rms[row]);
+                    Normalizer::Rms => scale(x, inverse_rms[row], to),
+                    Normalizer::Standardized {
+                        prompt: Some(prompt),
+                        ..
+                    } if is_prompt => {
+                        prompt.standardize(x, from, to);
                     }
-                    Normalizer::Standardized { prompt, candidate } => {
-                        let statistics = if first + row == 0 {
-                            prompt.as_ref()
-                        } else {
-                            Some(candidate)
-                        };
-                        let Some(Statistics {
-                            mean,
-                            inverse_scale,
-                        }) = statistics
-                        else {
-                            to.fill(0.0);
-                            continue;
-                        };
-                        let statistics = mean[from..from + inner]
-                            .iter()
-                            .zip(&inverse_scale[from..from + inner]);
-                        for ((to, x), (mean, inverse_scale)) in to.iter_mut().zip(x).zip(statistics)
-                        {
-                            *to = (x - mean) * inverse_scale;
-                        }
+                    Normalizer::Standardized { prompt: None, .. } if is_prompt => to.fill(0.0),
+                    Normalizer::Standardized { candidate, .. } => {
+                        candidate.standardize(x, from, to)
                     }
                 }
             }
-            multiply(&normalized, inner, from);
+            self.multiply(isa, padded_rows, &normalized, from, inner, out, stride);
         }
-        if let Some(Statistics {
-            mean,
-            inverse_scale,
-        }) = &self.extra
-        {
+        if let Some(statistics) = &self.extra {
             let inner = inputs.extra_inputs.len();
             for (row, to) in normalized.chunks_exact_mut(inner).take(rows).enumerate() {
                 let Some(candidate) = (first + row).checked_sub(1) else {
                     to.fill(0.0);
                     continue;
                 };
-                for (i, &input) in inputs.extra_inputs.iter().enumerate() {
+                for (i, (&input, to)) in inputs.extra_inputs.iter().zip(to).enumerate() {
                     let x = inputs.extra[candidate].get(input);
                     largest = largest.max(x.to_bits() & 0x7fff_ffff);
-                    to[i] = (x - mean[i]) * inverse_scale[i];
+                    statistics.standardize(&[x], i, std::slice::from_mut(to));
                 }
             }
-            multiply(&normalized, inner, hidden_size);
+            self.multiply(
+                isa,
+                padded_rows,
+                &normalized,
+                hidden_size,
+                inner,
+                out,
+                stride,
+            );
         }
         // Infinity's bits are the least of those that stand for no finite number.
         largest < f32::INFINITY.to_bits()
+    }
+}
+
+#[inline(always)]
+fn scale(x: &[f32], by: f32, to: &mut [f32]) {
+    for (to, x) in to.iter_mut().zip(x) {
+        *to = x * by;
     }
 }
 

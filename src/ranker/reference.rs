@@ -450,18 +450,19 @@ fn the_number_of_threads_changes_nothing() {
 }
 
 #[test]
-fn a_thousand_candidates_of_a_large_model() {
-    for kind in [
-        RankerKind::Listwise,
-        RankerKind::Pointwise,
-        RankerKind::Linear,
+fn large_groups_and_large_models() {
+    for (kind, hidden_size, n) in [
+        (RankerKind::Listwise, 300, 1100),
+        (RankerKind::Listwise, 4096, 100),
+        (RankerKind::Pointwise, 4096, 500),
+        (RankerKind::Linear, 4096, 1100),
     ] {
+        let extra_inputs = vec![ExtraInput::Length];
         let config = RankerConfig {
-            extra_inputs: vec![ExtraInput::Length],
-            ..config(kind, 4096)
+            extra_inputs,
+            ..config(kind, hidden_size)
         };
-        let group = random_group(4096, 1100, 3);
-        assert_near(&random_ranker(config, 3), &group);
+        assert_near(&random_ranker(config, 3), &random_group(hidden_size, n, 3));
     }
 }
 

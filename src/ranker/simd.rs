@@ -28,6 +28,8 @@ pub(super) trait Isa: Copy {
     fn load(self, from: &[f32; LANES]) -> Self::Lanes;
     fn store(self, lanes: Self::Lanes, to: &mut [f32; LANES]);
     fn add(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// The larger of both, lane by lane; either where one is not a number.
+    fn max(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     /// a · b + c
     fn mul_add(self, a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
 
@@ -96,6 +98,11 @@ impl Isa for Baseline {
     }
 
     #[inline(always)]
+    fn max(self, a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|lane| if a[lane] > b[lane] { a[lane] } else { b[lane] })
+    }
+
+    #[inline(always)]
     fn mul_add(self, a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
         std::array::from_fn(|lane| mul_add::<Self>(a[lane], b[lane], c[lane]))
     }
@@ -156,6 +163,12 @@ mod x86 {
         fn add(self, a: __m512, b: __m512) -> __m512 {
             // SAFETY: `self` proves AVX-512F.
             unsafe { _mm512_add_ps(a, b) }
+        }
+
+        #[inline(always)]
+        fn max(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: `self` proves AVX-512F.
+            unsafe { _mm512_max_ps(a, b) }
         }
 
         #[inline(always)]
@@ -224,6 +237,12 @@ mod x86 {
         fn add(self, a: (__m256, __m256), b: (__m256, __m256)) -> (__m256, __m256) {
             // SAFETY: `self` proves AVX2.
             unsafe { (_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
+        }
+
+        #[inline(always)]
+        fn max(self, a: (__m256, __m256), b: (__m256, __m256)) -> (__m256, __m256) {
+            // SAFETY: `self` proves AVX2.
+            unsafe { (_mm256_max_ps(a.0, b.0), _mm256_max_ps(a.1, b.1)) }
         }
 
         #[inline(always)]
@@ -369,18 +388,20 @@ fn tile<I: Isa, const ROWS: usize, const PANELS: usize>(
 ) {
     let b: [&[[f32; LANES]]; PANELS] =
         std::array::from_fn(|p| &b.matrix.panels[(panel + p) * b.matrix.rows + b.first..][..inner]);
-    // The same lengths once more, where the compiler sees them: no bounds are checked in the loop.
-    let a: [&[f32]; ROWS] = std::array::from_fn(|r| &a[r][..inner]);
+    assert!(a.iter().all(|a| a.len() == inner));
     let mut sums = [[isa.splat(0.0); PANELS]; ROWS];
     for k in 0..inner {
         let mut lanes = [isa.splat(0.0); PANELS];
-        for (lanes, b) in lanes.iter_mut().zip(&b) {
-            *lanes = isa.load(&b[k]);
+        for p in 0..PANELS {
+            // SAFETY: k < inner, the length of each slice of `b`. (Checked, the loop would branch
+            // at every load.)
+            lanes[p] = isa.load(unsafe { b[p].get_unchecked(k) });
         }
-        for (sums, a) in sums.iter_mut().zip(&a) {
-            let value = isa.splat(a[k]);
-            for (sum, b) in sums.iter_mut().zip(&lanes) {
-                *sum = isa.mul_add(value, *b, *sum);
+        for r in 0..ROWS {
+            // SAFETY: k < inner, the length of each slice of `a`, as asserted above.
+            let value = isa.splat(unsafe { *a[r].get_unchecked(k) });
+            for p in 0..PANELS {
+                sums[r][p] = isa.mul_add(value, lanes[p], sums[r][p]);
             }
         }
     }
@@ -428,6 +449,14 @@ pub(super) fn exp<I: Isa>(x: f32) -> f32 {
     fraction * f32::from_bits(exponent << 23)
 }
 
+/// `x += added`, as far as both go.
+#[inline(always)]
+pub(super) fn add(x: &mut [f32], added: &[f32]) {
+    for (x, added) in x.iter_mut().zip(added) {
+        *x += added;
+    }
+}
+
 /// Sum of 16 lanes in a fixed tree.
 #[inline(always)]
 pub(super) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
@@ -442,54 +471,65 @@ pub(super) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Sum of the numbers of `x`, which is whole lanes long.
+#[inline(always)]
+fn sum<I: Isa>(isa: I, x: &[f32]) -> f32 {
+    let mut total = isa.splat(0.0);
+    for chunk in x.as_chunks::<LANES>().0 {
+        total = isa.add(total, isa.load(chunk));
+    }
+    let mut lanes = [0.0; LANES];
+    isa.store(total, &mut lanes);
+    sum_lanes(lanes)
+}
+
+/// Sum of the squares of `x - mean`.
+#[inline(always)]
+fn sum_of_squares<I: Isa>(isa: I, x: &[f32], mean: f32) -> f32 {
+    let shift = isa.splat(-mean);
+    let mut total = isa.splat(0.0);
+    for chunk in x.as_chunks::<LANES>().0 {
+        let centred = isa.add(isa.load(chunk), shift);
+        total = isa.mul_add(centred, centred, total);
+    }
+    let mut lanes = [0.0; LANES];
+    isa.store(total, &mut lanes);
+    sum_lanes(lanes)
+}
+
+// Below, loops run over a whole row, not over the 16 lanes of a chunk (the compiler would unroll
+// those before it vectorises), and without closures (which may stay functions of their own, compiled
+// for the baseline).
+
 /// Replaces the first `len` numbers of `row` by the softmax of `scale` times them. `row` is as long
 /// as `padded(len)`; the padding is overwritten.
 #[inline(always)]
-pub(super) fn softmax<I: Isa>(row: &mut [f32], len: usize, scale: f32) {
+pub(super) fn softmax<I: Isa>(isa: I, row: &mut [f32], len: usize, scale: f32) {
     row[len..].fill(f32::MIN);
-    let mut largest = [f32::MIN; LANES];
+    let mut largest = isa.splat(f32::MIN);
     for chunk in row.as_chunks::<LANES>().0 {
-        for lane in 0..LANES {
-            largest[lane] = if chunk[lane] > largest[lane] {
-                chunk[lane]
-            } else {
-                largest[lane]
-            };
-        }
+        largest = isa.max(largest, isa.load(chunk));
     }
-    let largest = largest.iter().fold(f32::MIN, |a, &b| a.max(b));
-    let mut sums = [0.0; LANES];
-    for chunk in row.as_chunks_mut::<LANES>().0 {
-        for lane in 0..LANES {
-            chunk[lane] = exp::<I>((chunk[lane] - largest) * scale);
-            sums[lane] += chunk[lane];
-        }
+    let mut lanes = [0.0; LANES];
+    isa.store(largest, &mut lanes);
+    let largest = lanes.iter().fold(f32::MIN, |a, &b| a.max(b));
+    for value in row.iter_mut() {
+        *value = exp::<I>((*value - largest) * scale);
     }
-    let inverse = 1.0 / sum_lanes(sums);
-    row.iter_mut().for_each(|value| *value *= inverse);
+    let inverse = 1.0 / sum(isa, row);
+    for value in row.iter_mut() {
+        *value *= inverse;
+    }
 }
 
 /// Layer normalisation of one row (Ba et al. 2016): `(x - mean) / √(variance + 1e-5) · gain + bias`.
 /// The row is whole lanes long.
 #[inline(always)]
-pub(super) fn layer_norm<I: Isa>(x: &[f32], gain: &[f32], bias: &[f32], out: &mut [f32]) {
+pub(super) fn layer_norm<I: Isa>(isa: I, x: &[f32], gain: &[f32], bias: &[f32], out: &mut [f32]) {
     const EPSILON: f32 = 1e-5;
-    let width = x.len();
-    let mut sums = [0.0; LANES];
-    for chunk in x.as_chunks::<LANES>().0 {
-        for lane in 0..LANES {
-            sums[lane] += chunk[lane];
-        }
-    }
-    let mean = sum_lanes(sums) / width as f32;
-    let mut squares = [0.0; LANES];
-    for chunk in x.as_chunks::<LANES>().0 {
-        for lane in 0..LANES {
-            let centred = chunk[lane] - mean;
-            squares[lane] = mul_add::<I>(centred, centred, squares[lane]);
-        }
-    }
-    let inverse = 1.0 / (sum_lanes(squares) / width as f32 + EPSILON).sqrt();
+    let mean = sum(isa, x) / x.len() as f32;
+    let squares = sum_of_squares(isa, x, mean);
+    let inverse = 1.0 / (squares / x.len() as f32 + EPSILON).sqrt();
     for (((out, x), gain), bias) in out.iter_mut().zip(x).zip(gain).zip(bias) {
         *out = mul_add::<I>((x - mean) * inverse, *gain, *bias);
     }
@@ -652,11 +692,11 @@ mod tests {
     #[test]
     fn softmax_of_one_and_of_extremes() {
         let mut row = [7.0; LANES];
-        softmax::<Baseline>(&mut row, 1, 3.0);
+        softmax(Baseline, &mut row, 1, 3.0);
         assert_eq!(row[0], 1.0);
         let mut row = [0.0; LANES];
         row[..3].copy_from_slice(&[1e30, -1e30, 1e30]);
-        softmax::<Baseline>(&mut row, 3, 1.0);
+        softmax(Baseline, &mut row, 3, 1.0);
         assert!((row[0] - 0.5).abs() < 1e-6 && row[1] < 1e-37 && (row[2] - 0.5).abs() < 1e-6);
     }
 }
