@@ -4,6 +4,7 @@ pub mod config;
 pub mod default_model;
 pub mod error;
 pub mod files;
+pub mod forward;
 pub mod gguf;
 pub mod hub;
 mod hugging_face;
