@@ -9,37 +9,37 @@ use super::{
 use crate::backend::sampling::{SampleRow, Sampled, SamplingParams};
 use crate::backend::{Backend, Batch, Group, PageId};
 use crate::model::forward::Depth;
-use crate::model::text::detokenize::Detokenizer;
+use crate::model::text::Detokenizer;
 use crate::ranker::ExtraInputs;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
 /// A candidate that is being written.
-struct Writing {
+pub(super) struct Writing {
     /// Keys and values of its tokens, but for the last, which has not been through the model yet.
-    sequence: Sequence,
-    stop: StopState,
-    detokenizer: Detokenizer,
-    token_ids: Vec<u32>,
-    sampled: Vec<Sampled>,
+    pub sequence: Sequence,
+    pub stop: StopState,
+    pub detokenizer: Detokenizer,
+    pub token_ids: Vec<u32>,
+    pub sampled: Vec<Sampled>,
 }
 
 /// Features of a group, kept on the device while its candidates end one by one.
-struct Features<B: Backend> {
-    layers: Vec<usize>,
+pub(super) struct Features<B: Backend> {
+    pub layers: Vec<usize>,
     /// For each layer `[1 + n, hidden_size]`: the prompt's, then the candidates'.
-    rows: Vec<B::Rows>,
+    pub rows: Vec<B::Rows>,
     /// Candidates whose last token's state is not at hand, and which of their tokens that is.
-    missing: Vec<(usize, usize)>,
+    pub missing: Vec<(usize, usize)>,
 }
 
 /// Everything that a request holds while it runs.
-struct Run<B: Backend> {
-    conditions: StopConditions,
-    sampling: SamplingParams,
-    prefix: Sequence,
-    writing: Vec<Writing>,
-    features: Features<B>,
+pub(super) struct Run<B: Backend> {
+    pub conditions: StopConditions,
+    pub sampling: SamplingParams,
+    pub prefix: Sequence,
+    pub writing: Vec<Writing>,
+    pub features: Features<B>,
 }
 
 impl<B: Backend> Engine<B> {
@@ -54,7 +54,7 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Generated, EngineError> {
         let conditions = self.check(request)?;
         if request.strategy == Strategy::Beam {
-            return self.beam_search(request, &conditions, observer);
+            return self.beam_search(request, conditions, observer);
         }
         let greedy = request.strategy == Strategy::Greedy;
         let n = if greedy { 1 } else { request.n };
@@ -62,25 +62,30 @@ impl<B: Backend> Engine<B> {
         if greedy {
             sampling.temperature = 0.0;
         }
-        let writing = (0..n).map(|_| Writing {
+        let writing = (0..n).map(|_| self.blank(&conditions)).collect();
+        let features = self.features(request, n)?;
+        let mut run = Run { writing, features, prefix: Sequence::default(), conditions, sampling };
+        let timings = self.write(request, &mut run, observer);
+        self.release(&mut run);
+        self.choose(request, run, timings?)
+    }
+
+    /// A candidate without tokens.
+    pub(super) fn blank(&self, conditions: &StopConditions) -> Writing {
+        Writing {
             sequence: Sequence::default(),
-            stop: StopState::new(&conditions),
+            stop: StopState::new(conditions),
             detokenizer: self.tokenizer.detokenizer(true),
             token_ids: Vec::new(),
             sampled: Vec::new(),
-        });
-        let mut run = Run {
-            writing: writing.collect(),
-            features: self.features(request, n)?,
-            prefix: Sequence::default(),
-            conditions,
-            sampling,
-        };
-        let timings = self.write(request, &mut run, observer);
+        }
+    }
+
+    /// Gives back the pages that a request holds.
+    pub(super) fn release(&mut self, run: &mut Run<B>) {
         for sequence in run.writing.iter_mut().map(|w| &mut w.sequence).chain([&mut run.prefix]) {
             sequence.release(&mut self.pages);
         }
-        self.choose(request, run, timings?)
     }
 
     /// Refuses what cannot be done, before anything is computed.
@@ -116,7 +121,7 @@ impl<B: Backend> Engine<B> {
         tokens
     }
 
-    fn features(&self, request: &GenerateRequest, n: usize) -> Result<Features<B>, EngineError> {
+    pub(super) fn features(&self, request: &GenerateRequest, n: usize) -> Result<Features<B>, EngineError> {
         let mut layers = request.feature_layers.clone();
         layers.extend(request.ranker.as_ref().map(|ranker| ranker.config().layer));
         layers.sort_unstable();
@@ -222,7 +227,7 @@ impl<B: Backend> Engine<B> {
     }
 
     /// The last token of each running candidate, behind the shared prompt.
-    fn next_batch(
+    pub(super) fn next_batch(
         &mut self,
         run: &mut Run<B>,
         running: &[usize],
@@ -252,10 +257,7 @@ impl<B: Backend> Engine<B> {
             return writing.sequence.release(&mut self.pages);
         }
         if kept == 0 {
-            // An empty answer ends where the prompt does.
-            for rows in &mut run.features.rows {
-                self.model.backend.copy_row_within(rows, 0, 1 + candidate);
-            }
+            self.keep_prompt(&mut run.features, candidate);
         } else if kept == writing.sequence.len() {
             self.keep(&mut run.features, row, 1 + candidate);
         } else {
@@ -265,15 +267,22 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Copies a row of the last batch's captured states into the group's features.
-    fn keep(&self, features: &mut Features<B>, row: usize, place: usize) {
+    pub(super) fn keep(&self, features: &mut Features<B>, row: usize, place: usize) {
         for (layer, rows) in features.layers.iter().zip(&mut features.rows) {
             self.model.backend.copy_rows(self.state.captured(*layer), &[(row, place)], rows);
         }
     }
 
+    /// An empty answer ends where the prompt does.
+    pub(super) fn keep_prompt(&self, features: &mut Features<B>, candidate: usize) {
+        for rows in &mut features.rows {
+            self.model.backend.copy_row_within(rows, 0, 1 + candidate);
+        }
+    }
+
     /// The states of last tokens that never went through the model, or did so some steps ago: one
     /// batch through the lower layers.
-    fn fetch_missing(&mut self, run: &mut Run<B>, prefix_pages: &[PageId]) -> Result<(), EngineError> {
+    pub(super) fn fetch_missing(&mut self, run: &mut Run<B>, prefix_pages: &[PageId]) -> Result<(), EngineError> {
         let missing = std::mem::take(&mut run.features.missing);
         let Some(&highest) = run.features.layers.last().filter(|_| !missing.is_empty()) else {
             return Ok(());
@@ -302,7 +311,7 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Ranks, selects, and puts everything into words.
-    fn choose(
+    pub(super) fn choose(
         &self,
         request: &GenerateRequest,
         run: Run<B>,

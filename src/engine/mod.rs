@@ -5,6 +5,7 @@
 //! model is in modules of its own: sampling parameters, stop conditions, selection, pages.
 
 pub mod answer;
+mod beam;
 mod error;
 mod generate;
 pub mod pages;
@@ -22,7 +23,7 @@ pub use request::{
 use crate::backend::{Backend, BackendError, Batch, Group};
 use crate::model::config::ModelConfig;
 use crate::model::forward::{Depth, Model, State};
-use crate::model::text::tokenizer::Tokenizer;
+use crate::model::text::Tokenizer;
 use crate::ranker::Ranker;
 use pages::PagePool;
 use sequence::Sequence;

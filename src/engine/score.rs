@@ -67,11 +67,13 @@ impl<B: Backend> Engine<B> {
         };
         if request.logprobs {
             // The prompt's last row predicts every candidate's first token.
-            let targets: Vec<_> = candidates.iter().map(|tokens| tokens.first()).collect();
-            for (candidate, token) in targets.iter().enumerate() {
-                if let Some(&token) = token {
-                    let logprob = self.logprobs(&[(last_row, token)])?[0];
-                    scored.token_logprobs[candidate].push(logprob);
+            let first = candidates.iter().map(|tokens| tokens.first());
+            let targets: Vec<(usize, u32)> =
+                first.enumerate().filter_map(|(i, token)| Some((i, *token?))).collect();
+            for chunk in targets.chunks(LOGITS_CHUNK) {
+                let rows: Vec<_> = chunk.iter().map(|&(_, token)| (last_row, token)).collect();
+                for (logprob, (candidate, _)) in self.logprobs(&rows)?.into_iter().zip(chunk) {
+                    scored.token_logprobs[*candidate].push(logprob);
                 }
             }
         }

@@ -40,6 +40,31 @@ impl Sequence {
         Segment { pages: self.page_ids(), start: index, rows: 1 }
     }
 
+    /// A second sequence with the same tokens. Full pages are shared; a part-full last page gets a
+    /// twin, into which the caller copies its contents: `(from, to)`.
+    pub fn fork(
+        &self,
+        pool: &mut PagePool,
+    ) -> Result<(Sequence, Option<(PageId, PageId)>), EngineError> {
+        let full = self.len / PAGE_LEN;
+        let mut pages: Vec<Page> = self.pages[..full].iter().map(|page| pool.share(page)).collect();
+        let mut copied = None;
+        if let Some(partial) = self.pages.get(full) {
+            let twin = match pool.allocate() {
+                Ok(twin) => twin,
+                Err(full) => {
+                    pages.into_iter().for_each(|page| {
+                        pool.release(page);
+                    });
+                    return Err(full.into());
+                }
+            };
+            copied = Some((partial.index() as PageId, twin.index() as PageId));
+            pages.push(twin);
+        }
+        Ok((Sequence { pages, len: self.len }, copied))
+    }
+
     /// Gives the pages back.
     pub fn release(&mut self, pool: &mut PagePool) {
         self.pages.drain(..).for_each(|page| {

@@ -9,7 +9,7 @@ use super::config::ModelConfig;
 use super::error::ModelError;
 use super::files::ModelFiles;
 use super::tensor::{Tensor, check_finite};
-use crate::backend::{Attention, Backend, BackendError, Batch, KvShape, Norm};
+use crate::backend::{Attention, Backend, BackendError, Batch, KvShape, Norm, PageId};
 use crate::model::config::Rope;
 
 /// A decoder-only transformer of the Llama family, its weights on a device.
@@ -60,6 +60,15 @@ pub struct State<B: Backend> {
     captured: Vec<(usize, B::Rows)>,
 }
 
+/// Why a model could not be brought onto a device.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
 /// How far a batch goes, and what is kept on the way.
 #[derive(Clone, Copy, Debug)]
 pub struct Depth<'a> {
@@ -73,13 +82,12 @@ impl<B: Backend> Model<B> {
     /// Loads weights onto a device. `progress` is told the bytes of each tensor as it is done.
     ///
     /// # Errors
-    /// [`ModelError`] where a tensor is missing, has another shape than the configuration says, or
-    /// holds numbers that are not finite; or where the device has no memory for it.
+    /// Where a tensor holds numbers that are not finite, or the device has no memory for it.
     pub fn load(
         backend: B,
         files: &ModelFiles,
         progress: &mut dyn FnMut(u64),
-    ) -> Result<Model<B>, ModelError> {
+    ) -> Result<Model<B>, LoadError> {
         let config = files.config().clone();
         let mut loader = Loader { backend: &backend, files, config: &config, progress };
         let embedding = loader.matrix(&["model.embed_tokens.weight"])?;
@@ -89,7 +97,7 @@ impl<B: Backend> Model<B> {
             true => None,
             false => Some(loader.matrix(&["lm_head.weight"])?),
         };
-        let (name, fingerprint) = (files.name(), files.fingerprint());
+        let (name, fingerprint) = (files.name().to_string(), files.fingerprint());
         Ok(Model { backend, config, name, fingerprint, embedding, layers, final_norm, lm_head })
     }
 
@@ -193,6 +201,11 @@ impl<B: Backend> Model<B> {
 }
 
 impl<B: Backend> State<B> {
+    /// Makes page `to` a copy of page `from`, in every layer.
+    pub fn copy_page(&mut self, backend: &B, from: PageId, to: PageId) -> Result<(), BackendError> {
+        backend.copy_page(&mut self.kv, from, to)
+    }
+
     /// The residual stream after a captured layer, `[rows, hidden_size]`.
     ///
     /// # Panics
@@ -212,7 +225,7 @@ struct Loader<'a, B: Backend> {
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
-    fn layer(&mut self, layer: usize) -> Result<Layer<B>, ModelError> {
+    fn layer(&mut self, layer: usize) -> Result<Layer<B>, LoadError> {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let attention = |part: &str| name(&format!("self_attn.{part}"));
         let feed_forward = |part: &str| name(&format!("mlp.{part}"));
@@ -257,14 +270,14 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(tensor)
     }
 
-    fn matrix(&mut self, names: &[impl AsRef<str>]) -> Result<B::Matrix, ModelError> {
+    fn matrix(&mut self, names: &[impl AsRef<str>]) -> Result<B::Matrix, LoadError> {
         let parts = names.iter().map(|name| self.checked(name.as_ref())).collect::<Result<Vec<_>, _>>()?;
         let matrix = self.backend.matrix(&parts)?;
         (self.progress)(parts.iter().map(|part| part.data.len() as u64).sum());
         Ok(matrix)
     }
 
-    fn norm(&self, name: &str) -> Result<B::Vector, ModelError> {
+    fn norm(&self, name: &str) -> Result<B::Vector, LoadError> {
         let mut weight = self.checked(name)?.to_f32();
         if self.config.norm_weight_plus_one {
             weight.iter_mut().for_each(|w| *w += 1.0);
@@ -272,12 +285,12 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(self.backend.vector(&weight)?)
     }
 
-    fn optional_norm(&self, name: &str) -> Result<Option<B::Vector>, ModelError> {
+    fn optional_norm(&self, name: &str) -> Result<Option<B::Vector>, LoadError> {
         self.files.optional_tensor(name)?.map(|_| self.norm(name)).transpose()
     }
 
     /// The biases of a matrix's parts, side by side; zeros where only some parts have one.
-    fn bias(&self, names: &[impl AsRef<str>]) -> Result<Option<B::Vector>, ModelError> {
+    fn bias(&self, names: &[impl AsRef<str>]) -> Result<Option<B::Vector>, LoadError> {
         let mut values = Vec::new();
         let mut any = false;
         for name in names {

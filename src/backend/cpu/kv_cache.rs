@@ -44,6 +44,16 @@ impl KvCache {
         Ok(())
     }
 
+    /// Makes page `to` a copy of page `from`.
+    pub fn copy(&mut self, from: PageId, to: PageId) {
+        if from != to {
+            let pages = self.pages.get_disjoint_mut([from as usize, to as usize]);
+            // Both exist: `from` was written, `to` was reserved.
+            let [from, to] = pages.expect("two different pages of the cache");
+            to.as_f32_mut().copy_from_slice(from.as_f32());
+        }
+    }
+
     /// The keys of a page; its values follow.
     pub(super) fn keys(&self, page: PageId, layer: usize, kv_head: usize) -> *const f32 {
         self.pages[page as usize].as_f32()[offset(self.shape, layer, kv_head)..].as_ptr()

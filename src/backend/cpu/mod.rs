@@ -155,6 +155,12 @@ impl Backend for Cpu {
         Ok(KvCache::new(shape))
     }
 
+    fn copy_page(&self, kv: &mut KvCache, from: PageId, to: PageId) -> Result<(), BackendError> {
+        kv.reserve(to)?;
+        kv.copy(from, to);
+        Ok(())
+    }
+
     fn plan(&self, batch: &Batch, ropes: &[&Rope], kv: &mut KvCache) -> Result<Plan, BackendError> {
         let mut positions = Vec::with_capacity(batch.tokens.len());
         let mut places = Vec::with_capacity(batch.tokens.len());

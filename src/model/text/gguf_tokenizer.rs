@@ -370,3 +370,199 @@ fn build_bpe(configure: impl FnOnce(BpeBuilder) -> BpeBuilder) -> Result<BPE, Te
         .map_err(malformed)?
         .map_err(|error| malformed(one_line(&error.to_string())))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde::Deserialize;
+
+    use super::super::gguf_vocabulary_file::default_model;
+    use super::super::tokenizer::tests::golden;
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct SmolLm2 {
+        llama_cpp_compared: bool,
+        samples: Vec<Sample>,
+    }
+
+    #[derive(Deserialize)]
+    struct Sample {
+        text: String,
+        ids: Vec<u32>,
+        /// Where llama.cpp differs from the published pipeline.
+        llama_cpp: Option<Vec<u32>>,
+    }
+
+    #[test]
+    fn smollm2_as_published_and_as_llama_cpp() {
+        let Some(file) = default_model() else { return };
+        let tokenizer = Tokenizer::from_gguf(&file.vocabulary()).unwrap();
+        assert_eq!(tokenizer.vocab_size(), 49152);
+        assert_eq!(tokenizer.bos_token_id(), Some(1));
+        assert_eq!(tokenizer.eos_token_ids(), [2]);
+        assert_eq!(tokenizer.token_text(2).unwrap(), "<|im_end|>");
+        assert_eq!(tokenizer.special_token_texts()["bos_token"], "<|im_start|>");
+        assert!((0..=16).all(|id| tokenizer.is_special(id)));
+        assert!((17..49152).all(|id| !tokenizer.is_special(id)));
+
+        let golden: SmolLm2 = golden("smollm2.json");
+        assert!(golden.llama_cpp_compared && golden.samples.len() >= 300);
+        for sample in &golden.samples {
+            let ids = tokenizer.encode(&sample.text, false).unwrap();
+            assert_eq!(ids, sample.ids, "{:?}", sample.text);
+            assert_eq!(sample.llama_cpp, None, "{:?}", sample.text);
+            assert_eq!(tokenizer.decode(&ids, false), sample.text);
+            // The file says that no token is added.
+            assert_eq!(tokenizer.encode(&sample.text, true).unwrap(), ids);
+        }
+    }
+
+    /// Random tokens are mostly not text: characters are cut, and bytes are left over.
+    #[test]
+    fn streaming_equals_the_library_on_random_tokens() {
+        let Some(file) = default_model() else { return };
+        let tokenizer = Tokenizer::from_gguf(&file.vocabulary()).unwrap();
+        // Single bytes and short pieces are what cuts characters.
+        let token = prop_oneof![0u32..49152, 17u32..1000, Just(2u32), 49100u32..49400];
+        let sequences = (prop::collection::vec(token, 0..80), any::<bool>());
+        proptest!(ProptestConfig::with_cases(500), |((ids, skip_special) in sequences)| {
+            let expected = tokenizer.inner().decode(&ids, skip_special).unwrap();
+            let mut detokenizer = tokenizer.detokenizer(skip_special);
+            let mut streamed = String::new();
+            for &id in &ids {
+                streamed.push_str(detokenizer.push(id));
+            }
+            streamed.push_str(detokenizer.finish());
+            prop_assert_eq!(&streamed, &expected);
+            prop_assert_eq!(tokenizer.decode(&ids, skip_special), expected);
+        });
+    }
+
+    #[derive(Deserialize)]
+    struct SentencePiece {
+        tokens: Vec<String>,
+        scores: Vec<f32>,
+        token_types: Vec<i32>,
+        samples: Vec<SentencePieceSample>,
+    }
+
+    #[derive(Deserialize)]
+    struct SentencePieceSample {
+        text: String,
+        ids: Vec<u32>,
+        decoded: String,
+    }
+
+    impl SentencePiece {
+        fn vocabulary(&self) -> GgufVocabulary<'_> {
+            GgufVocabulary {
+                model: "llama",
+                tokens: self.tokens.iter().map(String::as_str).collect(),
+                scores: self.scores.clone(),
+                token_types: self.token_types.clone(),
+                unknown_token_id: Some(0),
+                bos_token_id: Some(1),
+                eos_token_id: Some(2),
+                ..GgufVocabulary::default()
+            }
+        }
+
+        fn check(&self, tokenizer: &Tokenizer) {
+            assert!(self.samples.len() > 300);
+            for sample in &self.samples {
+                let ids = tokenizer.encode(&sample.text, false).unwrap();
+                assert_eq!(ids, sample.ids, "{:?}", sample.text);
+                assert_eq!(tokenizer.decode(&ids, false), sample.decoded);
+            }
+        }
+    }
+
+    #[test]
+    fn scores_merge_as_sentencepiece_does() {
+        let golden: SentencePiece = golden("sentencepiece.json");
+        let tokenizer = Tokenizer::from_gguf(&golden.vocabulary()).unwrap();
+        golden.check(&tokenizer);
+        assert_eq!(tokenizer.encode("", true).unwrap(), [1]);
+        let no_bos = GgufVocabulary {
+            add_bos: Some(false),
+            add_eos: Some(true),
+            ..golden.vocabulary()
+        };
+        let tokenizer = Tokenizer::from_gguf(&no_bos).unwrap();
+        assert_eq!(tokenizer.encode("", true).unwrap(), [2]);
+        // Special tokens that a text spells are parsed.
+        let ids = tokenizer.encode("a</s>", false).unwrap();
+        assert_eq!(ids.last(), Some(&2));
+    }
+
+    #[test]
+    fn gemma_kind_with_user_defined_pieces() {
+        let golden: SentencePiece = golden("sentencepiece_gemma.json");
+        let vocabulary = GgufVocabulary {
+            add_space_prefix: Some(false),
+            ..golden.vocabulary()
+        };
+        let tokenizer = Tokenizer::from_gguf(&vocabulary).unwrap();
+        golden.check(&tokenizer);
+        // Named by no key, but a control token with a name that ends a turn.
+        let end_of_turn = tokenizer.token_id("<end_of_turn>").unwrap();
+        assert_eq!(tokenizer.eos_token_ids(), [2, end_of_turn]);
+        let tool = tokenizer.token_id("<tool>").unwrap();
+        assert!(!tokenizer.is_special(tool));
+        assert_eq!(tokenizer.decode(&[tool, end_of_turn], true), "<tool>");
+        // Older files spell the spaces of user-defined pieces as ▁.
+        let marked: Vec<String> = golden
+            .tokens
+            .iter()
+            .map(|token| token.replace(' ', "▁"))
+            .collect();
+        let vocabulary = GgufVocabulary {
+            tokens: marked.iter().map(String::as_str).collect(),
+            ..vocabulary
+        };
+        golden.check(&Tokenizer::from_gguf(&vocabulary).unwrap());
+    }
+
+    fn refusal(vocabulary: &GgufVocabulary) -> String {
+        let message = Tokenizer::from_gguf(vocabulary).unwrap_err().to_string();
+        assert!(!message.contains('\n'), "{message}");
+        message
+    }
+
+    #[test]
+    fn malformed_vocabularies_are_refused() {
+        let base = GgufVocabulary {
+            model: "gpt2",
+            pre: Some("smollm"),
+            tokens: vec!["a", "b", "ab", "Ġ"],
+            merges: vec!["a b"],
+            ..GgufVocabulary::default()
+        };
+        let tokenizer = Tokenizer::from_gguf(&base).unwrap();
+        assert_eq!(tokenizer.encode("ab a", false).unwrap(), [2, 3, 0]);
+
+        let change = |change: &dyn Fn(&mut GgufVocabulary)| {
+            let mut changed = base.clone();
+            change(&mut changed);
+            refusal(&changed)
+        };
+        assert!(change(&|v| v.tokens.clear()).contains("no tokens"));
+        assert!(change(&|v| v.tokens[1] = "a").contains("the same"));
+        assert!(change(&|v| v.token_types = vec![1]).contains("token_type has 1"));
+        assert!(change(&|v| v.eos_token_id = Some(4)).contains("beyond its 4"));
+        assert!(change(&|v| v.merges = vec!["ab"]).contains("not a pair"));
+        assert!(change(&|v| v.merges = vec![""]).contains("not a pair"));
+        assert!(change(&|v| v.merges = vec!["b a"]).contains("\"ba\""));
+        assert!(change(&|v| v.pre = Some("kimi-k2")).contains("kimi-k2"));
+        assert!(change(&|v| v.model = "bert").contains("bert"));
+        assert!(change(&|v| v.model = "llama").contains("scores"));
+        assert!(
+            change(&|v| {
+                v.model = "llama";
+                v.scores = vec![0.0, f32::NAN, 0.0, 0.0];
+            })
+            .contains("token 1")
+        );
+    }
+}

@@ -178,12 +178,12 @@ mod tests {
         assert_eq!(pieces("gpt-2", "I'LL I'll"), ["I", "'", "LL", " I", "'ll"]);
         assert_eq!(pieces("llama-bpe", "I'LL I'll"), ["I", "'LL", " I", "'ll"]);
         assert_eq!(
-            pieces("smollm", "a   b\n\n c"),
-            ["a", "  ", " b", "\n", "\n", " c"]
+            pieces("smollm", "a   b\n\nc"),
+            ["a", "  ", " b", "\n", "\n", "c"]
         );
         assert_eq!(
-            pieces("qwen2", "a   b\n\n c"),
-            ["a", "  ", " b", "\n\n", " c"]
+            pieces("qwen2", "a   b\n\nc"),
+            ["a", "  ", " b", "\n\n", "c"]
         );
         assert_eq!(pieces("tekken", "HelloWorld"), ["Hello", "World"]);
     }

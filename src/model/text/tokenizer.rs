@@ -400,3 +400,219 @@ fn json_token_id(id: &Value) -> Option<u32> {
 pub(super) fn one_line(message: &str) -> String {
     message.split_whitespace().collect::<Vec<_>>().join(" ")
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+    use serde::Deserialize;
+    use serde::de::DeserializeOwned;
+    use serde_json::json;
+
+    use super::*;
+
+    pub(in crate::model::text) fn golden_folder() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/text")
+    }
+
+    /// A file that tests/reference/tokenizer_goldens.py or chat_template_goldens.py wrote.
+    pub(in crate::model::text) fn golden<T: DeserializeOwned>(name: &str) -> T {
+        let file = fs::File::open(golden_folder().join(name)).unwrap();
+        serde_json::from_reader(std::io::BufReader::new(file)).unwrap()
+    }
+
+    #[derive(Deserialize)]
+    struct Samples {
+        samples: Vec<Sample>,
+    }
+
+    #[derive(Deserialize)]
+    struct Sample {
+        text: String,
+        ids: Vec<u32>,
+        decoded: String,
+    }
+
+    fn check_folder(name: &str) -> Tokenizer {
+        let tokenizer = Tokenizer::from_folder(&golden_folder().join(name)).unwrap();
+        let golden: Samples = golden(&format!("{name}/samples.json"));
+        assert!(golden.samples.len() > 150);
+        for sample in &golden.samples {
+            let ids = tokenizer.encode(&sample.text, true).unwrap();
+            assert_eq!(ids, sample.ids, "{:?}", sample.text);
+            assert_eq!(tokenizer.decode(&ids, true), sample.decoded);
+        }
+        tokenizer
+    }
+
+    #[test]
+    fn byte_level_folder() {
+        let tokenizer = check_folder("byte_level");
+        assert_eq!(tokenizer.bos_token_id(), Some(0));
+        assert_eq!(tokenizer.eos_token_ids(), [1, 2]);
+        let tool = tokenizer.token_id("<tool>").unwrap();
+        assert_eq!(tokenizer.vocab_size(), tool as usize + 1);
+        assert!(tokenizer.is_special(2) && !tokenizer.is_special(tool));
+        assert_eq!(tokenizer.encode("", true).unwrap(), [0]);
+        assert!(tokenizer.encode("", false).unwrap().is_empty());
+        assert_eq!(tokenizer.token_text(tool + 1), None);
+        assert_eq!(tokenizer.token_bytes(tool), b"<tool>");
+        assert_eq!(
+            tokenizer.decode(&[0, tool, u32::MAX], false),
+            "<|begin_of_text|><tool>"
+        );
+    }
+
+    #[test]
+    fn sentencepiece_folder() {
+        let tokenizer = check_folder("sentencepiece");
+        assert_eq!(tokenizer.bos_token_id(), Some(1));
+        assert_eq!(tokenizer.eos_token_ids(), [2]);
+        assert_eq!(tokenizer.special_token_texts().len(), 3);
+
+        // Where the library finds the bytes of a run of tokens valid, so do we.
+        let tokens = prop::collection::vec(3u32..900, 0..40);
+        proptest!(|(ids in tokens)| {
+            let theirs = tokenizer.inner().decode(&ids, true).unwrap();
+            let ours = tokenizer.decode(&ids, true);
+            prop_assert!(ours == theirs || theirs.contains(char::REPLACEMENT_CHARACTER));
+            prop_assert_eq!(ours.contains(char::REPLACEMENT_CHARACTER),
+                theirs.contains(char::REPLACEMENT_CHARACTER));
+        });
+    }
+
+    /// A folder with these files, as JSON.
+    fn folder(files: &[(&str, Value)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, json) in files {
+            fs::write(folder.path().join(name), json.to_string()).unwrap();
+        }
+        folder
+    }
+
+    fn minimal() -> Value {
+        json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+            "added_tokens": [], "post_processor": null,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false,
+                "trim_offsets": true, "use_regex": true},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true,
+                "use_regex": true},
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+        })
+    }
+
+    #[test]
+    fn configured_tokens_and_settings() {
+        let mut tokenizer = minimal();
+        tokenizer["truncation"] = json!({"direction": "Right", "max_length": 2,
+            "strategy": "LongestFirst", "stride": 0});
+        tokenizer["padding"] = json!({"strategy": {"Fixed": 9}, "direction": "Right",
+            "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"});
+        let config = json!({
+            "added_tokens_decoder": {
+                "3": {"content": "<|im_end|>", "special": true},
+                "4": {"content": "<x>", "special": false},
+                "0": {"content": "a", "special": false},
+            },
+            "bos_token": {"content": "b"},
+            "add_bos_token": true,
+        });
+        let map = json!({"eos_token": "ab", "bos_token": "ignored"});
+        let folder = folder(&[
+            ("tokenizer.json", tokenizer),
+            ("tokenizer_config.json", config),
+            ("special_tokens_map.json", map),
+        ]);
+        let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+        let ids = tokenizer.encode("ababa<x><|im_end|>", true).unwrap();
+        assert_eq!(ids, [1, 2, 2, 0, 4, 3], "neither cut nor padded");
+        // The end of a turn goes by its name where no list is given.
+        assert_eq!(tokenizer.eos_token_ids(), [2, 3]);
+        assert_eq!(tokenizer.decode(&ids, true), "bababa<x>");
+    }
+
+    fn refusal(files: &[(&str, Value)]) -> String {
+        let folder = folder(files);
+        let message = Tokenizer::from_folder(folder.path())
+            .unwrap_err()
+            .to_string();
+        assert!(!message.contains('\n'), "{message}");
+        message
+    }
+
+    #[test]
+    fn malformed_folders_are_refused() {
+        assert!(refusal(&[]).contains("has no tokenizer.json"));
+        assert!(refusal(&[("tokenizer.model", json!(1))]).contains("not enough"));
+        let change = |change: &dyn Fn(&mut Value)| {
+            let mut changed = minimal();
+            change(&mut changed);
+            refusal(&[("tokenizer.json", changed)])
+        };
+        // The library panics on a merge that is longer than every token.
+        let panics = change(&|t| t["model"]["vocab"] = json!({"a": 0, "b": 1}));
+        assert!(panics.contains("internal error"), "{panics}");
+        assert!(change(&|t| t["model"]["merges"] = json!([["a", "c"]])).contains("malformed"));
+        assert!(change(&|t| t["model"]["type"] = json!("Nonsense")).contains("malformed"));
+        assert!(change(&|t| t["model"]["dropout"] = json!(0.5)).contains("dropout"));
+        assert!(
+            change(&|t| t["model"]["continuing_subword_prefix"] = json!("##"))
+                .contains("continuing_subword_prefix")
+        );
+        assert!(
+            change(&|t| {
+                t["model"]["vocab"] = json!({"a": 0, "b": 1, "ab": 4_000_000_000_u32});
+            })
+            .contains("beyond the limit")
+        );
+        assert!(
+            change(&|t| t["model"]["vocab"] = json!({"a": 0, "b": 0, "ab": 1})).contains("twice")
+        );
+        assert!(change(&|t| t["decoder"] = json!(null)).contains("no decoder"));
+        assert!(
+            change(
+                &|t| t["decoder"] = json!({"type": "WordPiece", "prefix": "##", "cleanup": true})
+            )
+            .contains("WordPiece")
+        );
+        let truncated = folder(&[]);
+        let text = minimal().to_string();
+        for length in (0..text.len()).step_by(7) {
+            fs::write(truncated.path().join("tokenizer.json"), &text[..length]).unwrap();
+            assert!(Tokenizer::from_folder(truncated.path()).is_err());
+        }
+        let gap = json!({"added_tokens_decoder": {"9": {"content": "<x>", "special": true}}});
+        let gap = refusal(&[
+            ("tokenizer.json", minimal()),
+            ("tokenizer_config.json", gap),
+        ]);
+        assert!(gap.contains("\"<x>\" the id 9"), "{gap}");
+        let config = json!({"added_tokens_decoder": {"x": {}}});
+        refusal(&[
+            ("tokenizer.json", minimal()),
+            ("tokenizer_config.json", config),
+        ]);
+    }
+
+    #[test]
+    fn odd_configurations_are_harmless() {
+        for config in [
+            json!(null),
+            json!([]),
+            json!({"bos_token": 3, "eos_token": null, "added_tokens_decoder": []}),
+            json!({"eos_token": "not a token"}),
+        ] {
+            let generation = json!({"eos_token_id": [-1, 1e30, "x", 7, 1]});
+            let folder = folder(&[
+                ("tokenizer.json", minimal()),
+                ("tokenizer_config.json", config),
+                ("generation_config.json", generation),
+            ]);
+            let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+            assert_eq!(tokenizer.eos_token_ids(), [1]);
+            assert_eq!(tokenizer.bos_token_id(), None);
+        }
+    }
+}
