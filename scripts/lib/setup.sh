@@ -33,17 +33,14 @@ how_to_install() {
 check_tools() {
     local missing=()
     # rustup puts cargo here and into PATH of the shells that start afterwards.
-    command -v cargo >/dev/null || PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+    command -v cargo >/dev/null || PATH="${CARGO_HOME:-${HOME:-}/.cargo}/bin:$PATH"
     if ! command -v cargo >/dev/null; then
         missing+=("Rust (cargo). Get it from https://rustup.rs:" \
             "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh")
     fi
-    if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
-        missing+=("a C++ compiler (c++, g++ or clang++):" \
-            "    $(how_to_install build-essential gcc-c++ base-devel)")
-    fi
-    if ! command -v cc >/dev/null; then
-        missing+=("a C compiler and linker (cc):" "    $(how_to_install build-essential gcc base-devel)")
+    if ! command -v cc >/dev/null ||
+        ! { command -v c++ || command -v g++ || command -v clang++; } >/dev/null; then
+        missing+=("a C and C++ compiler (cc and c++):" "    $(how_to_install build-essential gcc-c++ base-devel)")
     fi
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
         missing+=("Python 3.8 or newer (python3):" "    $(how_to_install python3 python3 python 'brew install python')")
@@ -85,3 +82,15 @@ check_rust() {
 
 # Prints the path of the default model, which is downloaded if it is not in the cache folder.
 default_model() { python3 "$root/scripts/lib/fetch_default_model.py"; }
+
+# Builds the release binary and prints its path, wherever cargo was told to put it.
+build_podium() {
+    say "Building podium (some minutes the first time)"
+    in_root cargo build --release --locked --bin podium --message-format=json-render-diagnostics | python3 -c '
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable"):
+        print(message["executable"])
+'
+}
