@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use minijinja::value::{Enumerator, Kwargs, Object, Rest, ValueKind};
+use minijinja::value::{Enumerator, Kwargs, Object, Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 
 /// The method that assignments to namespace attributes call.
@@ -93,9 +93,10 @@ impl Object for Namespace {
     }
 }
 
-fn namespace(state: &State, args: Rest<Value>) -> Result<Value, Error> {
+fn namespace(state: &State, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let namespace = Namespace::default();
-    for pairs in args.iter() {
+    for pairs in args.0 {
+        let pairs = pairs.into_value();
         if pairs.kind() != ValueKind::Map {
             return Err(invalid("namespace takes a mapping or named values"));
         }
@@ -209,14 +210,11 @@ fn check_format(format: &str) -> Result<(), Error> {
 }
 
 /// Python's `json.dumps`, with transformers' defaults.
-fn tojson(state: &State, value: &Value, args: Rest<Value>) -> Result<Value, Error> {
-    let mut args: &[Value] = &args;
-    let named = match args.split_last() {
-        Some((last, before)) if last.is_kwargs() => {
-            args = before;
-            Some(Kwargs::try_from(last.clone())?)
-        }
-        _ => None,
+fn tojson(state: &State, value: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let mut args: Vec<Value> = args.0.into_iter().map(ValueOrKwargs::into_value).collect();
+    let named = match args.pop_if(|last| last.is_kwargs()) {
+        Some(named) => Some(Kwargs::try_from(named)?),
+        None => None,
     };
     if args.len() > 4 {
         return Err(Error::from(ErrorKind::TooManyArguments));
