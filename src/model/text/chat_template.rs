@@ -522,6 +522,7 @@ mod tests {
         ]
         .map(str::to_string);
         let deep = [
+            format!("{{{{ {}1 }}}}", "1~".repeat(60_000)),
             format!("{{{{ {} }}}}", nest(60_000, "(", "1", ")")),
             format!("{{{{ {} }}}}", nest(60_000, "[", "", "]")),
             nest(9_000, "{% if 1 %}", "", "{% endif %}"),
@@ -559,13 +560,19 @@ mod tests {
             "1~",
             "1**",
         ] {
-            let expression = format!("{{{{ {}1 }}}}", operator.repeat(20_000));
+            let expression = format!("{{{{ {}1 }}}}", operator.repeat(8_000 / operator.len()));
             if let Err(error) = render(&expression) {
                 assert!(!error.to_string().contains('\n'), "{error}");
             }
         }
         for filter in ["|list", "[0]", ".a", "()"] {
-            assert!(render(&format!("{{{{ 1{} }}}}", filter.repeat(20_000))).is_err());
+            assert!(
+                render(&format!(
+                    "{{{{ 1{} }}}}",
+                    filter.repeat(8_000 / filter.len())
+                ))
+                .is_err()
+            );
         }
         let mut message = json!("x");
         for _ in 0..100 {
