@@ -149,10 +149,17 @@ impl GgufVocabulary<'_> {
             ("unknown_token_id", self.unknown_token_id),
             ("padding_token_id", self.padding_token_id),
         ] {
-            if let Some(id) = id.filter(|&id| id as usize >= count) {
-                return Err(malformed(format!(
-                    "{name} is {id}, beyond its {count} tokens"
-                )));
+            let Some(id) = id else { continue };
+            match self.tokens.get(id as usize) {
+                None => {
+                    return Err(malformed(format!(
+                        "{name} is {id}, beyond its {count} tokens"
+                    )));
+                }
+                Some(&"") => {
+                    return Err(malformed(format!("{name} is {id}, an empty token")));
+                }
+                Some(_) => {}
             }
         }
         Ok(())
@@ -277,8 +284,7 @@ impl GgufVocabulary<'_> {
         let byte_fallback = (0..=255u8).all(|byte| vocab.contains_key(&format!("<0x{byte:02X}>")));
         let unknown = self
             .unknown_token_id
-            .map(|id| self.tokens[id as usize].to_string())
-            .filter(|text| !text.is_empty());
+            .map(|id| self.tokens[id as usize].to_string());
         let model = build_bpe(|builder| {
             let builder = builder
                 .vocab_and_merges(vocab, merges)
@@ -564,5 +570,43 @@ mod tests {
             })
             .contains("token 1")
         );
+    }
+
+    proptest! {
+        #[test]
+        fn any_vocabulary_is_read_or_refused(
+            model in prop::sample::select(vec!["gpt2", "llama"]),
+            tokens in prop::collection::vec("[ab▁Ġ é]{0,3}|<0x[0-9A-F]{2}>|<s>", 0..20),
+            token_types in prop::collection::vec(-1i32..8, 0..20),
+            scores in prop::collection::vec(prop::num::f32::ANY, 0..20),
+            merges in prop::collection::vec("[ab▁Ġ é]{0,5}", 0..6),
+            ids in prop::array::uniform4(prop::option::of(0u32..25)),
+            space in prop::option::of(any::<bool>()),
+            text in "[ab▁ é\n]{0,12}",
+        ) {
+            let count = tokens.len();
+            let vocabulary = GgufVocabulary {
+                model,
+                pre: Some("smollm"),
+                tokens: tokens.iter().map(String::as_str).collect(),
+                // Mostly of the right length, so that the rest is reached.
+                token_types: token_types.into_iter().cycle().take(count).collect(),
+                scores: scores.into_iter().cycle().take(count).collect(),
+                merges: merges.iter().map(String::as_str).collect(),
+                bos_token_id: ids[0],
+                eos_token_id: ids[1],
+                unknown_token_id: ids[2],
+                padding_token_id: ids[3],
+                add_bos: space,
+                add_space_prefix: space,
+                ..GgufVocabulary::default()
+            };
+            if let Ok(tokenizer) = Tokenizer::from_gguf(&vocabulary)
+                && let Ok(ids) = tokenizer.encode(&text, true)
+            {
+                tokenizer.decode(&ids, false);
+                prop_assert!(ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()));
+            }
+        }
     }
 }
