@@ -22,6 +22,7 @@ use super::template_functions::{NOW, RaisedByTemplate, register};
 use super::template_source::respell;
 use super::tokenizer::{one_line, read_json, read_optional};
 use super::{GgufVocabulary, TextError, Tokenizer};
+use crate::model::files::TextSource;
 
 /// The largest templates in use have some 30 kB.
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
@@ -100,6 +101,16 @@ impl ChatTemplate {
     /// [`Tokenizer::special_token_texts`].
     pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self, TextError> {
         Self::compile(source, None, special_tokens)
+    }
+
+    /// The template of a model, wherever it lies; [`TextError::NoChatTemplate`] where it has none.
+    pub fn from_source(source: TextSource, tokenizer: &Tokenizer) -> Result<Self, TextError> {
+        match source {
+            TextSource::Folder(folder) => Self::from_folder(folder, tokenizer),
+            TextSource::Gguf(metadata) => {
+                Self::from_gguf(&GgufVocabulary::from_metadata(&metadata)?, tokenizer)
+            }
+        }
     }
 
     /// The template of a folder in Hugging Face layout: `chat_template.jinja`,
@@ -385,8 +396,7 @@ mod tests {
     use serde::Deserialize;
     use serde_json::json;
 
-    use super::super::gguf_vocabulary_file::default_model;
-    use super::super::tokenizer::tests::{golden, golden_folder};
+    use super::super::tokenizer::tests::{default_model, golden, golden_folder};
     use super::*;
 
     #[derive(Deserialize)]
@@ -451,12 +461,19 @@ mod tests {
 
     #[test]
     fn template_of_the_default_model() {
-        let Some(file) = default_model() else { return };
-        let vocabulary = file.vocabulary();
-        let tokenizer = Tokenizer::from_gguf(&vocabulary).unwrap();
-        let template = ChatTemplate::from_gguf(&vocabulary, &tokenizer).unwrap();
-        let golden: Golden = golden("chat_templates.json");
-        assert_eq!(vocabulary.chat_template, Some(golden.smollm2.as_str()));
+        let Some(files) = default_model() else {
+            return;
+        };
+        let source = files.text_source();
+        let tokenizer = Tokenizer::from_source(source).unwrap();
+        let template = ChatTemplate::from_source(source, &tokenizer).unwrap();
+        if let TextSource::Gguf(metadata) = source {
+            let golden: Golden = golden("chat_templates.json");
+            let own = GgufVocabulary::from_metadata(&metadata)
+                .unwrap()
+                .chat_template;
+            assert_eq!(own, Some(golden.smollm2.as_str()));
+        }
         let prompt = template
             .render(&ChatRequest::new(&[ChatMessage::new("user", "Hi")]))
             .unwrap();

@@ -10,7 +10,8 @@ use tokenizers::AddedToken;
 
 use super::panic_guard::contain;
 use super::token_table::{Entry, PieceEncoding, SUPPORTED_DECODERS, TokenTable};
-use super::{Detokenizer, TextError};
+use super::{Detokenizer, GgufVocabulary, TextError};
+use crate::model::files::TextSource;
 
 /// The largest vocabularies in use (262k tokens) make files of some 35 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
@@ -68,6 +69,16 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
+    /// The tokenizer of a model, wherever it lies.
+    pub fn from_source(source: TextSource) -> Result<Self, TextError> {
+        match source {
+            TextSource::Folder(folder) => Self::from_folder(folder),
+            TextSource::Gguf(metadata) => {
+                Self::from_gguf(&GgufVocabulary::from_metadata(&metadata)?)
+            }
+        }
+    }
+
     /// Reads the tokenizer of a folder in Hugging Face layout.
     ///
     /// `tokenizer.json` is required. `tokenizer_config.json`, `special_tokens_map.json` and
@@ -415,6 +426,8 @@ pub(super) mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::model::default_model;
+    use crate::model::files::ModelFiles;
 
     pub(in crate::model::text) fn golden_folder() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/text")
@@ -424,6 +437,19 @@ pub(super) mod tests {
     pub(in crate::model::text) fn golden<T: DeserializeOwned>(name: &str) -> T {
         let file = fs::File::open(golden_folder().join(name)).unwrap();
         serde_json::from_reader(std::io::BufReader::new(file)).unwrap()
+    }
+
+    /// The default model; `None`, said aloud, where it has not been fetched.
+    pub(in crate::model::text) fn default_model() -> Option<ModelFiles> {
+        let path = match std::env::var_os("PODIUM_TEST_MODEL") {
+            Some(path) => PathBuf::from(path),
+            None => default_model::expected_path().ok()?,
+        };
+        if !path.exists() {
+            println!("skipped: {} is not there", path.display());
+            return None;
+        }
+        Some(ModelFiles::open(&path).unwrap())
     }
 
     #[derive(Deserialize)]
