@@ -16,6 +16,7 @@ mod gguf_tokenizer;
 mod gguf_vocabulary_file;
 mod panic_guard;
 mod pre_tokenizer;
+pub mod source;
 mod template_functions;
 mod template_source;
 mod token_table;
