@@ -7,7 +7,6 @@ use crate::engine::EngineError;
 use crate::model::error::ModelError;
 use crate::model::forward::LoadError;
 use crate::model::text::TextError;
-use crate::model::text::source::TextSourceError;
 use crate::ranker::{RankerError, RankerFileError};
 use crate::tasks::candidates::CandidateFileError;
 use crate::tasks::whole_file::WriteError;
@@ -75,14 +74,5 @@ impl CliError {
     /// Names the line of a file that an error is about.
     pub fn at(self, place: impl Into<String>) -> CliError {
         CliError::Item { place: place.into(), source: Box::new(self) }
-    }
-}
-
-impl From<TextSourceError> for CliError {
-    fn from(error: TextSourceError) -> Self {
-        match error {
-            TextSourceError::Model(error) => error.into(),
-            TextSourceError::Text(error) => error.into(),
-        }
     }
 }

@@ -16,7 +16,7 @@ use crate::backend::sampling::SamplingParams;
 use crate::engine::Engine;
 use crate::model::files::{ModelFiles, TextSource};
 use crate::model::forward::Model;
-use crate::model::text::{ChatMessage, ChatRequest, ChatTemplate, TextError, source};
+use crate::model::text::{ChatMessage, ChatRequest, ChatTemplate, TextError, Tokenizer};
 use crate::model::{default_model, hub};
 use crate::ranker::{Ranker, builtin, find_builtin};
 use crate::tasks::candidates::{Candidates, Prompt};
@@ -31,7 +31,9 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// A model, ready to answer.
 pub struct Session {
     pub engine: Engine<Cpu>,
-    pub template: Result<ChatTemplate, TextError>,
+    /// Or why there is none, which matters only to those who come with text.
+    tokenizer: Result<Arc<Tokenizer>, TextError>,
+    template: Result<ChatTemplate, TextError>,
     /// How the model's makers sample from it.
     pub sampling: SamplingParams,
     pub verbose: bool,
@@ -46,14 +48,23 @@ impl Session {
             None => default_model::path()?,
         };
         let files = ModelFiles::open(&path)?;
-        let (tokenizer, template) = source::open(&files)?;
+        let tokenizer = Tokenizer::from_source(files.text_source()).map(Arc::new);
+        let template = match &tokenizer {
+            Ok(tokenizer) => ChatTemplate::from_source(files.text_source(), tokenizer),
+            Err(_) => Err(TextError::NoChatTemplate),
+        };
         let sampling = generation_defaults(&files);
         let bytes = files.tensor_names().map(|name| files.tensor(name).map(|tensor| tensor.data.len() as u64));
         let progress = Progress::new("loading", Some(bytes.sum::<Result<u64, _>>()?), Unit::Bytes);
         let model = Model::load(backend, &files, &mut |bytes| progress.advance(bytes))?;
         drop(progress);
+        let engine = match &tokenizer {
+            Ok(tokenizer) => Engine::new(model, tokenizer.clone())?,
+            Err(_) => Engine::without_text(model)?,
+        };
         let session = Session {
-            engine: Engine::new(model, Arc::new(tokenizer))?,
+            engine,
+            tokenizer,
             template,
             sampling,
             verbose: options.verbose,
@@ -87,11 +98,16 @@ impl Session {
         !matches!(self.template, Err(TextError::NoChatTemplate))
     }
 
+    /// # Errors
+    /// What is wrong with the tokenizer's files.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, CliError> {
+        self.tokenizer.as_deref().map_err(|error| CliError::Failed(error.to_string()))
+    }
+
     /// A chat as the text that the model was trained on.
     pub fn render(&self, messages: &[ChatMessage]) -> Result<String, CliError> {
         match &self.template {
             Ok(template) => Ok(template.render(&ChatRequest::new(messages))?),
-            Err(TextError::NoChatTemplate) => Err(TextError::NoChatTemplate.into()),
             Err(error) => Err(CliError::Failed(error.to_string())),
         }
     }
@@ -99,21 +115,22 @@ impl Session {
     /// The token ids of a prompt: those given; of plain text with the tokens that the model expects
     /// around it; of a chat as its template has it.
     pub fn prompt_tokens(&self, prompt: &Prompt) -> Result<Vec<u32>, CliError> {
-        let tokenizer = self.engine.tokenizer();
         Ok(match prompt {
             Prompt::TokenIds(token_ids) => token_ids.clone(),
-            Prompt::Text(text) => tokenizer.encode(text, true)?,
-            Prompt::Messages(messages) => tokenizer.encode(&self.render(messages)?, false)?,
+            Prompt::Text(text) => self.tokenizer()?.encode(text, true)?,
+            Prompt::Messages(messages) => self.tokenizer()?.encode(&self.render(messages)?, false)?,
         })
     }
 
     /// The token ids of candidates: those given, or their text's by itself, without special tokens.
     pub fn candidate_tokens(&self, candidates: &Candidates) -> Result<Vec<Vec<u32>>, CliError> {
-        let encode = |text: &String| self.engine.tokenizer().encode(text, false);
-        Ok(match candidates {
-            Candidates::TokenIds(token_ids) => token_ids.clone(),
-            Candidates::Texts(texts) => texts.iter().map(encode).collect::<Result<_, _>>()?,
-        })
+        match candidates {
+            Candidates::TokenIds(token_ids) => Ok(token_ids.clone()),
+            Candidates::Texts(texts) => {
+                let tokenizer = self.tokenizer()?;
+                texts.iter().map(|text| Ok(tokenizer.encode(text, false)?)).collect()
+            }
+        }
     }
 
     /// The ranker in a file, or the built-in one of that name; checked against the model.
