@@ -7,7 +7,7 @@
 
 use super::generate::{Run, Writing};
 use super::sequence::Sequence;
-use super::stop::{FinishReason, StopConditions};
+use super::stop::StopConditions;
 use super::{Engine, EngineError, Event, GenerateRequest, Generated, Observer, Timings};
 use crate::backend::Backend;
 use crate::backend::sampling::{SampleRow, Sampled, SamplingParams};
@@ -157,26 +157,22 @@ impl<B: Backend> Engine<B> {
                 break;
             }
             let mut beam = self.fork(&before[offer.beam])?;
-            let piece = beam.detokenizer.push(offer.token);
-            let reason = beam.stop.push(&run.conditions, offer.token, piece);
-            if reason != Some(FinishReason::Stop) {
-                beam.token_ids.push(offer.token);
-                let (token, logprob) = (offer.token, offer.logprob);
-                beam.sampled.push(Sampled { token, logprob, self_certainty: 0.0, top_logprobs: Vec::new() });
-            }
-            let Some(_) = reason else {
+            let sampled = Sampled {
+                token: offer.token,
+                logprob: offer.logprob,
+                self_certainty: 0.0,
+                top_logprobs: Vec::new(),
+            };
+            if beam.push(&run.conditions, sampled).is_none() {
                 run.writing.push(beam);
                 continue;
-            };
+            }
             // An end token too far down the list is not an answer yet.
             if rank >= n {
                 beam.sequence.release(&mut self.pages);
                 continue;
             }
             let mean = offer.sum / (before[offer.beam].token_ids.len() + 1) as f64;
-            beam.stop.close(&run.conditions, beam.detokenizer.finish());
-            beam.token_ids.truncate(beam.stop.kept_tokens());
-            beam.sampled.truncate(beam.stop.kept_tokens());
             ended.push(Ended { writing: beam, mean });
             ended.sort_by(|a, b| b.mean.total_cmp(&a.mean));
             for mut worst in ended.drain(n.min(ended.len())..) {

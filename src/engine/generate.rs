@@ -19,7 +19,7 @@ pub(super) struct Writing {
     /// Keys and values of its tokens, but for the last, which has not been through the model yet.
     pub sequence: Sequence,
     pub stop: StopState,
-    pub detokenizer: Detokenizer,
+    pub detokenizer: Option<Detokenizer>,
     pub token_ids: Vec<u32>,
     pub sampled: Vec<Sampled>,
 }
@@ -75,7 +75,7 @@ impl<B: Backend> Engine<B> {
         Writing {
             sequence: Sequence::default(),
             stop: StopState::new(conditions),
-            detokenizer: self.tokenizer.detokenizer(true),
+            detokenizer: self.tokenizer.as_ref().map(|tokenizer| tokenizer.detokenizer(true)),
             token_ids: Vec::new(),
             sampled: Vec::new(),
         }
@@ -115,7 +115,7 @@ impl<B: Backend> Engine<B> {
     /// Tokens that end an answer: the configuration's and the tokenizer's.
     pub fn end_token_ids(&self) -> Vec<u32> {
         let mut tokens = self.config().eos_token_ids.clone();
-        tokens.extend(self.tokenizer.eos_token_ids());
+        tokens.extend(self.tokenizer.iter().flat_map(|tokenizer| tokenizer.eos_token_ids()));
         tokens.sort_unstable();
         tokens.dedup();
         tokens
@@ -359,18 +359,7 @@ impl<B: Backend> Run<B> {
         observer: &mut Observer,
     ) -> (Option<FinishReason>, ControlFlow<()>) {
         let writing = &mut self.writing[candidate];
-        let token = sampled.token;
-        let piece = writing.detokenizer.push(token);
-        let mut reason = writing.stop.push(&self.conditions, token, piece);
-        if reason != Some(FinishReason::Stop) {
-            writing.token_ids.push(token);
-            writing.sampled.push(sampled);
-        }
-        if reason.is_some() {
-            reason = writing.stop.close(&self.conditions, writing.detokenizer.finish());
-            writing.token_ids.truncate(writing.stop.kept_tokens());
-            writing.sampled.truncate(writing.stop.kept_tokens());
-        }
+        let reason = writing.push(&self.conditions, sampled);
         let piece = writing.stop.stream();
         let mut flow = ControlFlow::Continue(());
         if !piece.is_empty() {
@@ -380,6 +369,24 @@ impl<B: Backend> Run<B> {
             flow = observer(Event::Finished { candidate, reason });
         }
         (reason, flow)
+    }
+}
+
+impl Writing {
+    /// Takes the next token; says why it was the last, if it was.
+    pub fn push(&mut self, conditions: &StopConditions, sampled: Sampled) -> Option<FinishReason> {
+        let piece = self.detokenizer.as_mut().map_or("", |d| d.push(sampled.token));
+        let reason = self.stop.push(conditions, sampled.token, piece);
+        if reason != Some(FinishReason::Stop) {
+            self.token_ids.push(sampled.token);
+            self.sampled.push(sampled);
+        }
+        reason?;
+        let rest = self.detokenizer.as_mut().map_or("", |d| d.finish());
+        let reason = self.stop.close(conditions, rest);
+        self.token_ids.truncate(self.stop.kept_tokens());
+        self.sampled.truncate(self.stop.kept_tokens());
+        reason
     }
 }
 

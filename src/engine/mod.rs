@@ -40,14 +40,19 @@ pub struct Engine<B: Backend> {
     model: Model<B>,
     state: State<B>,
     pages: PagePool,
-    tokenizer: Arc<Tokenizer>,
+    tokenizer: Option<Arc<Tokenizer>>,
 }
 
 impl<B: Backend> Engine<B> {
     /// An engine with an empty KV cache that may grow without a limit.
     pub fn new(model: Model<B>, tokenizer: Arc<Tokenizer>) -> Result<Engine<B>, BackendError> {
+        Ok(Engine { tokenizer: Some(tokenizer), ..Engine::without_text(model)? })
+    }
+
+    /// An engine for token ids alone: candidates have no text, and stop strings end nothing.
+    pub fn without_text(model: Model<B>) -> Result<Engine<B>, BackendError> {
         let state = model.state()?;
-        Ok(Engine { model, state, pages: PagePool::new(usize::MAX), tokenizer })
+        Ok(Engine { model, state, pages: PagePool::new(usize::MAX), tokenizer: None })
     }
 
     pub fn model(&self) -> &Model<B> {
@@ -58,8 +63,8 @@ impl<B: Backend> Engine<B> {
         &self.model.config
     }
 
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_deref()
     }
 
     /// The layer that a ranker reads unless its file says otherwise: 60 % of the way up.

@@ -17,9 +17,6 @@ impl Sequence {
         self.len
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
 
     pub fn page_ids(&self) -> Vec<PageId> {
         self.pages.iter().map(|page| page.index() as PageId).collect()

@@ -14,8 +14,11 @@ use super::matrix::{Format, Matrix, Panel, UNIT, widen, with_format};
 use super::rows::{Aligned, Rows, SharedRows, Vector};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
+use super::tile::interleaved_tile;
 use crate::backend::Norm;
 use crate::model::config::Activation;
+use crate::model::tensor::Dtype;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 /// Inputs widened at a time: 2 panels × 128 × 16 float32 = 16 KiB, half of a first-level cache.
@@ -289,14 +292,14 @@ impl Task<'_> {
             let same = read.iter().all(|(dtype, _)| *dtype == read[0].0);
             // SAFETY: packed panels of `width` inputs; x has as many, in whole units.
             unsafe {
-                if same && pairs.len() * 2 > GEMV_PANELS / 2 {
-                    let panels = read.map(|(_, panel)| panel);
-                    with_format!(read[0].0, gemv_side_by_side, S => (panels, x, width, &mut sums));
+                if same {
+                    gemv::<S>(read[0].0, read.map(|(_, panel)| panel), x, width, &mut sums);
                 } else {
-                    for (&(dtype, panel), sums) in read.iter().zip(&mut sums).take(2 * pairs.len())
-                    {
-                        let sums = std::array::from_mut(sums);
-                        with_format!(dtype, gemv_single, S => ([panel], x, width, sums));
+                    // Two parts of different formats meet here: one panel at a time.
+                    for (index, &(dtype, panel)) in read.iter().enumerate() {
+                        let mut copies = [[0.0f32; LANES]; GEMV_PANELS];
+                        gemv::<S>(dtype, [panel; GEMV_PANELS], x, width, &mut copies);
+                        sums[index] = copies[0];
                     }
                 }
                 for (&pair, sums) in pairs.iter().zip(sums.chunks(2)) {
@@ -328,8 +331,8 @@ impl Task<'_> {
                 // SAFETY: `wide` has room for 2 × RUN vectors, `sums` for two vectors of each row of
                 // the block, and each is written before it is read: sums where `run` is 0.
                 unsafe {
-                    with_format!(first.0, widen, S => (first.1, run, inputs, wide));
-                    with_format!(second.0, widen, S => (second.1, run, inputs, wide.add(RUN * LANES)));
+                    widen::<S>(first, run, inputs, wide);
+                    widen::<S>(second, run, inputs, wide.add(RUN * LANES));
                     for tile in now {
                         let x = self.inputs.tile(*tile).add(run * tile.rows);
                         let c = sums.add((tile.first_row - base) * 2 * LANES);
@@ -430,51 +433,50 @@ unsafe fn activate<S: Simd>(activation: Activation, x: S::V) -> S::V {
     }
 }
 
+/// One row times [`GEMV_PANELS`] panels of the same format, widened in registers.
+struct Gemv<'a, F> {
+    panels: [*const u8; GEMV_PANELS],
+    x: *const f32,
+    width: usize,
+    sums: &'a mut [[f32; LANES]; GEMV_PANELS],
+    format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for Gemv<'_, F> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        unsafe {
+            let mut acc = [S::splat(0.0); GEMV_PANELS];
+            for block in 0..self.width.div_ceil(F::BLOCK_INPUTS) {
+                for unit in 0..F::BLOCK_INPUTS / UNIT {
+                    let x = self.x.add(block * F::BLOCK_INPUTS + unit * UNIT);
+                    for (panel, acc) in self.panels.iter().zip(&mut acc) {
+                        let weights = F::unit::<S>(panel.add(block * F::BLOCK_BYTES), unit);
+                        for (i, weight) in weights.into_iter().enumerate() {
+                            *acc = S::fma(S::splat(*x.add(i)), weight, *acc);
+                        }
+                    }
+                }
+            }
+            for (sums, acc) in self.sums.iter_mut().zip(acc) {
+                S::store(sums.as_mut_ptr(), acc);
+            }
+        }
+    }
+}
+
+/// [`Gemv`], the format chosen at run time.
 #[inline(always)]
-unsafe fn gemv_side_by_side<S: Simd, F: Format>(
+unsafe fn gemv<S: Simd>(
+    dtype: Dtype,
     panels: [*const u8; GEMV_PANELS],
     x: *const f32,
     width: usize,
     sums: &mut [[f32; LANES]; GEMV_PANELS],
 ) {
-    unsafe { gemv::<S, F, GEMV_PANELS>(panels, x, width, sums) }
-}
-
-#[inline(always)]
-unsafe fn gemv_single<S: Simd, F: Format>(
-    panels: [*const u8; 1],
-    x: *const f32,
-    width: usize,
-    sums: &mut [[f32; LANES]; 1],
-) {
-    unsafe { gemv::<S, F, 1>(panels, x, width, sums) }
-}
-
-/// One row times `P` panels of the same format, widened in registers.
-#[inline(always)]
-unsafe fn gemv<S: Simd, F: Format, const P: usize>(
-    panels: [*const u8; P],
-    x: *const f32,
-    width: usize,
-    sums: &mut [[f32; LANES]; P],
-) {
-    unsafe {
-        let mut acc = [S::splat(0.0); P];
-        for block in 0..width.div_ceil(F::BLOCK_INPUTS) {
-            for unit in 0..F::BLOCK_INPUTS / UNIT {
-                let x = x.add(block * F::BLOCK_INPUTS + unit * UNIT);
-                for p in 0..P {
-                    let weights = F::unit::<S>(panels[p].add(block * F::BLOCK_BYTES), unit);
-                    for (i, weight) in weights.into_iter().enumerate() {
-                        acc[p] = S::fma(S::splat(*x.add(i)), weight, acc[p]);
-                    }
-                }
-            }
-        }
-        for p in 0..P {
-            S::store(sums[p].as_mut_ptr(), acc[p]);
-        }
-    }
+    // SAFETY: passed on.
+    unsafe { with_format!(dtype, F => S::call(Gemv::<F> { panels, x, width, sums, format: PhantomData })) }
 }
 
 /// Adds `x · wide` to two vectors of sums a row, `c[row][2][16]`, or sets them where `first`.
@@ -487,67 +489,6 @@ unsafe fn multiply_tile<S: Simd>(
     c: *mut f32,
     first: bool,
 ) {
-    macro_rules! rows {
-        ($($rows:literal)*) => {
-            match rows {
-                $($rows if S::TILE_PANELS == 2 => {
-                    tile::<S, $rows, 2, 1, $rows>(x, [wide, wide.add(RUN * LANES)], inputs, c, 2 * LANES, first)
-                })*
-                $($rows => {
-                    tile::<S, $rows, 1, 1, $rows>(x, [wide], inputs, c, 2 * LANES, first);
-                    tile::<S, $rows, 1, 1, $rows>(x, [wide.add(RUN * LANES)], inputs, c.add(LANES), 2 * LANES, first)
-                })*
-                _ => unreachable!("tiles have at most twelve rows"),
-            }
-        };
-    }
-    unsafe { rows!(1 2 3 4 5 6 7 8 9 10 11 12) }
-}
-
-/// The register tile: `c[r][p] (+)= Σ_k x[r·XR + k·XK] · w[p][k]`, `R` rows by `P` vectors.
-///
-/// # Safety
-/// As [`Simd`]; `x`, `w[p]` (`[inputs][16]`) and `c` (`R` rows, `c_stride` apart) must cover that.
-#[inline(always)]
-pub(super) unsafe fn tile<
-    S: Simd,
-    const R: usize,
-    const P: usize,
-    const XR: usize,
-    const XK: usize,
->(
-    x: *const f32,
-    w: [*const f32; P],
-    inputs: usize,
-    c: *mut f32,
-    c_stride: usize,
-    first: bool,
-) {
-    unsafe {
-        let mut acc = [[S::splat(0.0); P]; R];
-        if !first {
-            for r in 0..R {
-                for p in 0..P {
-                    acc[r][p] = S::load(c.add(r * c_stride + p * LANES));
-                }
-            }
-        }
-        for k in 0..inputs {
-            let mut weights = [S::splat(0.0); P];
-            for p in 0..P {
-                weights[p] = S::load(w[p].add(k * LANES));
-            }
-            for r in 0..R {
-                let x = S::splat(*x.add(r * XR + k * XK));
-                for p in 0..P {
-                    acc[r][p] = S::fma(x, weights[p], acc[r][p]);
-                }
-            }
-        }
-        for r in 0..R {
-            for p in 0..P {
-                S::store(c.add(r * c_stride + p * LANES), acc[r][p]);
-            }
-        }
-    }
+    let second = wide.wrapping_add(RUN * LANES);
+    unsafe { interleaved_tile::<S>(rows, x, [wide, second], inputs, c, 2 * LANES, first) }
 }

@@ -10,6 +10,7 @@ pub mod sample;
 pub mod simd;
 pub mod softmax;
 pub mod team;
+mod tile;
 
 use super::sampling::{SampleRow, Sampled};
 use super::{Attention, Backend, BackendError, Batch, KvShape, Norm, PAGE_LEN, PageId};

@@ -29,6 +29,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     const TILE_ROWS: usize;
     const TILE_PANELS: usize;
 
+    /// Runs a kernel as a function of its own, compiled for this instruction set: for what is large
+    /// and called from several places.
+    unsafe fn call<K: Kernel>(kernel: K) -> K::Output;
+
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
     unsafe fn store(p: *mut f32, v: Self::V);
