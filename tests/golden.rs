@@ -3,69 +3,23 @@
 
 #[path = "support/golden_file.rs"]
 mod golden_file;
+#[path = "support/tolerance.rs"]
+mod tolerance;
 
 use golden_file::{Golden, Reference, folder};
 use podium::backend::cpu::Cpu;
 use podium::backend::cpu::simd::Isa;
 use podium::backend::{Backend, Batch, Group, PAGE_LEN, PageId, Segment};
 use podium::engine::select::Strategy;
-use podium::engine::{Engine, EngineError, GenerateRequest, ScoreRequest, Scored};
+use podium::engine::stop::FinishReason;
+use podium::engine::{Candidate, Engine, EngineError, GenerateRequest, ScoreRequest, Scored};
+use podium::model::default_model;
 use podium::model::files::ModelFiles;
 use podium::model::forward::{Depth, Model};
-use podium::model::text::Tokenizer;
+use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-/// Logits and features: the largest difference of a row, relative to the row's largest value. Both
-/// sides add in float32, in different orders; against float64, transformers itself is off by up to
-/// 5e-6 in these models. A wrong angle, window, cap or bias is off by 1e-1 and more (the reference
-/// script has tried them).
-const ROW_TOLERANCE: f64 = 1e-4;
-
-/// Log-probabilities: absolute where they are small, for a probability near one has a logarithm near
-/// zero that carries the absolute error of its logits; relative to the logarithm where it is large.
-const LOGPROB_TOLERANCE: f64 = 1e-4;
-
-/// SmolLM2's features once more, relative to the *median* of their row: a few coordinates are fifty
-/// times as large as the others and would hide an error in those, which a ranker reads as well.
-/// transformers is off by up to 1.5e-5 by this measure.
-const MEDIAN_TOLERANCE: f64 = 1e-4;
-
-fn assert_row(what: &str, ours: &[f32], reference: &[f32]) {
-    let scale = reference
-        .iter()
-        .fold(0.0, |max: f64, &x| max.max(f64::from(x).abs()));
-    assert_close(what, ours, reference, ROW_TOLERANCE, |_| scale);
-}
-
-fn assert_logprobs(what: &str, ours: &[f32], reference: &[f32]) {
-    assert_close(what, ours, reference, LOGPROB_TOLERANCE, |x| {
-        x.abs().max(1.0)
-    });
-}
-
-fn assert_close(
-    what: &str,
-    ours: &[f32],
-    reference: &[f32],
-    tolerance: f64,
-    scale: impl Fn(f64) -> f64,
-) {
-    assert_eq!(ours.len(), reference.len(), "{what}: length");
-    let mut worst: f64 = 0.0;
-    for (index, (&ours, &reference)) in ours.iter().zip(reference).enumerate() {
-        let (ours, reference) = (f64::from(ours), f64::from(reference));
-        let error = (ours - reference).abs() / scale(reference);
-        // Written so that NaN fails.
-        assert!(
-            error <= tolerance,
-            "{what}[{index}]: {ours}, but transformers has {reference}: off by {error:.1e}"
-        );
-        worst = worst.max(error);
-    }
-    println!("{what}: off by up to {worst:.1e}");
-}
+use tolerance::{assert_coordinates, assert_logprobs, assert_row};
 
 /// The model's own file: a folder, or a GGUF in it.
 fn model_path(name: &str) -> PathBuf {
@@ -79,25 +33,7 @@ fn load(path: &Path, threads: usize, isa: Isa) -> Model<Cpu> {
 }
 
 fn engine(path: &Path, threads: usize, isa: Isa) -> Engine<Cpu> {
-    let model = load(path, threads, isa);
-    let tokenizer = nameless_tokens(model.config.vocab_size);
-    Engine::new(model, Arc::new(tokenizer)).unwrap()
-}
-
-/// A tokenizer for models that have none: the engine wants one to tell the text of sampled tokens.
-fn nameless_tokens(vocab_size: usize) -> Tokenizer {
-    let vocab: serde_json::Map<String, serde_json::Value> = (0..vocab_size)
-        .map(|id| (format!("token{id}"), id.into()))
-        .collect();
-    let file = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    });
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).unwrap();
-    Tokenizer::from_folder(folder.path()).unwrap()
+    Engine::without_text(load(path, threads, isa)).unwrap()
 }
 
 fn request(prompt: &Reference, candidates: &[&Reference], layers: &[usize]) -> ScoreRequest {
@@ -369,6 +305,74 @@ fn batching(name: &str) {
     }
 }
 
+/// Sampled answers: candidate k is the same bit for bit whatever the number of candidates and threads,
+/// and its features, caught while decoding, are bit for bit what scoring its tokens finds.
+fn generation(name: &str) {
+    let golden = Golden::read(name);
+    let generate = |prompt: &[u32], n, threads| {
+        let mut request = GenerateRequest::new(prompt.to_vec());
+        (request.n, request.max_tokens, request.seed) = (n, 20, 11);
+        // Hot, for some of these models are very sure of themselves.
+        request.sampling.temperature = 4.0;
+        request.feature_layers = golden.layers.clone();
+        let mut engine = engine(&model_path(name), threads, Isa::best());
+        let generated = engine.generate(&request, &mut |_| ControlFlow::Continue(()));
+        (generated.unwrap(), engine)
+    };
+    let single = &golden.single.as_ref().unwrap().0.tokens;
+    let full = &golden.full.as_ref().unwrap().tokens;
+    let mut ended_early = 0;
+    // The last leaves room for three tokens.
+    for prompt in [&golden.prompt.tokens[..], single, &full[..full.len() - 3]] {
+        let (all, mut engine) = generate(prompt, 64, 1);
+        for (n, threads) in [(1, 1), (7, 1), (7, 2), (64, 2)] {
+            let (some, _) = generate(prompt, n, threads);
+            assert_eq!(some.candidates.len(), n);
+            assert_eq!(bits(&some.prompt_features), bits(&all.prompt_features));
+            for (some, all) in some.candidates.iter().zip(&all.candidates) {
+                let what = format!("candidate {} of {n}, {threads} threads", some.index);
+                assert_eq!(some.token_ids, all.token_ids, "{what}");
+                assert_eq!(some.finish_reason, all.finish_reason, "{what}");
+                assert_eq!(bits(&some.features), bits(&all.features), "{what}");
+                let logprobs = |candidate: &Candidate| bits(&[candidate.token_logprobs.clone()]);
+                assert_eq!(logprobs(some), logprobs(all), "{what}");
+            }
+        }
+
+        let distinct: HashSet<&[u32]> = all.candidates.iter().map(|c| &c.token_ids[..]).collect();
+        assert!(
+            distinct.len() > 32,
+            "{} different answers of 64",
+            distinct.len()
+        );
+        let ended = |c: &&Candidate| c.finish_reason == Some(FinishReason::Stop);
+        ended_early += all.candidates.iter().filter(ended).count();
+        let scored = engine
+            .score(&ScoreRequest {
+                prompt_token_ids: prompt.to_vec(),
+                candidate_token_ids: all.candidates.iter().map(|c| c.token_ids.clone()).collect(),
+                layers: golden.layers.clone(),
+                logprobs: true,
+            })
+            .unwrap();
+        for (index, candidate) in all.candidates.iter().enumerate() {
+            assert!(candidate.token_ids.len() <= 20.min(full.len() - prompt.len()));
+            let scored_features = &scored.candidate_features[index];
+            assert_eq!(
+                bits(&candidate.features),
+                bits(scored_features),
+                "candidate {index}"
+            );
+            let what = format!("log-probabilities of candidate {index}");
+            assert_logprobs(
+                &what,
+                &candidate.token_logprobs,
+                &scored.token_logprobs[index],
+            );
+        }
+    }
+}
+
 /// Tests of each model, named after it.
 macro_rules! models {
     ($($module:ident: $name:literal,)*) => {
@@ -389,6 +393,10 @@ macro_rules! models {
             #[test]
             fn batching() {
                 super::batching($name);
+            }
+            #[test]
+            fn generation() {
+                super::generation($name);
             }
         })*
     };
@@ -443,20 +451,16 @@ fn every_golden_has_tests() {
 mod smollm2 {
     use super::*;
 
+    /// `None`, said aloud, where it has not been fetched. A model that was named must be there.
     fn path() -> Option<PathBuf> {
-        let variable = |name| std::env::var_os(name).map(PathBuf::from);
-        let cache = || {
-            variable("PODIUM_CACHE")
-                .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("podium")))
-                .or_else(|| Some(variable("HOME")?.join(".cache/podium")))
-        };
-        let path = variable("PODIUM_TEST_MODEL")
-            .or_else(|| Some(cache()?.join("SmolLM2-135M-Instruct.Q4_1.gguf")))
-            .filter(|path| path.exists());
-        if path.is_none() {
-            println!("skipped: the default model is not there (set PODIUM_TEST_MODEL)");
+        if let Some(path) = std::env::var_os("PODIUM_TEST_MODEL") {
+            return Some(path.into());
         }
-        path
+        let path = default_model::path();
+        if let Err(missing) = &path {
+            println!("skipped: {missing}");
+        }
+        path.ok()
     }
 
     #[test]
@@ -484,11 +488,8 @@ mod smollm2 {
                 .iter()
                 .zip(ours.iter().zip(&candidate.features))
             {
-                let mut sizes: Vec<f64> = theirs.iter().map(|&x| f64::from(x).abs()).collect();
-                sizes.sort_by(f64::total_cmp);
-                let median = sizes[sizes.len() / 2];
                 let what = format!("{} after layer {layer}", candidate.name);
-                assert_close(&what, ours, theirs, MEDIAN_TOLERANCE, |_| median);
+                assert_coordinates(&what, ours, theirs);
             }
         }
     }
