@@ -6,14 +6,13 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::error::CliError;
-use super::generate::GenerateOptions;
+use super::generate::{GenerateOptions, chat};
 use super::interrupt;
 use super::options::GlobalOptions;
 use super::progress::{Progress, Unit};
 use super::session::Session;
 use crate::backend::random::philox4x32;
 use crate::engine::{Candidate, Generated};
-use crate::model::text::ChatMessage;
 use crate::tasks::candidates::{CandidateFile, Item, Prompt};
 use crate::tasks::feature_file::{FeatureSource, FeatureWriter};
 use crate::tasks::whole_file::WholeFile;
@@ -106,12 +105,6 @@ fn as_asked(options: &GenerateOptions, item: &Item) -> (Prompt, Map<String, Valu
         prompt = Prompt::Messages(messages);
     }
     (prompt, fields)
-}
-
-/// A chat that a user's message opens.
-pub fn chat(system: Option<&str>, text: &str) -> Vec<ChatMessage> {
-    let system = system.map(|system| ChatMessage::new("system", system));
-    system.into_iter().chain([ChatMessage::new("user", text)]).collect()
 }
 
 /// The item's line: its fields, then what came of them.

@@ -7,8 +7,10 @@ mod batch;
 mod error;
 mod generate;
 mod interrupt;
+mod live;
 mod options;
 mod progress;
+mod report;
 mod session;
 
 use std::process::ExitCode;
