@@ -1,6 +1,5 @@
 //! `podium generate --input`: candidates for every item of a file, with their features.
 
-use std::io::{self, Write};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -9,13 +8,13 @@ use super::error::CliError;
 use super::generate::{GenerateOptions, chat};
 use super::interrupt;
 use super::options::GlobalOptions;
+use super::output::Output;
 use super::progress::{Progress, Unit};
 use super::session::Session;
 use crate::backend::random::philox4x32;
 use crate::engine::{Candidate, Generated};
 use crate::tasks::candidates::{CandidateFile, Item, Prompt};
-use crate::tasks::feature_file::{FeatureSource, FeatureWriter};
-use crate::tasks::whole_file::WholeFile;
+use crate::tasks::feature_file::FeatureWriter;
 
 pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> Result<(), CliError> {
     let total = CandidateFile::check(input)?;
@@ -24,19 +23,17 @@ pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> R
     let ranker = options.ranker.as_deref().map(|name| session.ranker(name)).transpose()?;
     let layer = options.layer.index(session.engine.config().layers);
     let mut features = match &options.features {
-        Some(path) => Some(FeatureWriter::create(path, feature_source(&session, layer)?)?),
+        Some(path) => Some(FeatureWriter::create(path, session.feature_source(layer)?)?),
         None => None,
     };
     let seed = options.seed();
     session.log(|| format!("seed {seed}"));
     interrupt::catch();
-    let progress = Progress::new("generating", total, Unit::Items);
-    let (mut items, mut tokens, mut seconds) = (0u64, 0, 0.0);
+    let progress = Progress::beside(&output, "generating", total, Unit::Items);
+    let (mut items, mut tokens, mut seconds) = (0, 0, 0.0);
     let mut file = CandidateFile::open(input)?;
-    for (index, item) in file.by_ref().enumerate() {
-        let item = item?;
-        let place = format!("{}:{}", display_name(input), item.line);
-        let seed = item_seed(seed, index as u64);
+    while let Some(item) = file.next().transpose()? {
+        let seed = item_seed(seed, items);
         let (prompt, fields) = as_asked(options, &item);
         let generated = (|| {
             let prompt = session.prompt_tokens(&prompt)?;
@@ -47,7 +44,7 @@ pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> R
             request.feature_layers = features.iter().map(|_| layer).collect();
             Ok(session.engine.generate(&request, &mut |_| interrupt::flow())?)
         })();
-        let generated = generated.map_err(|error: CliError| error.at(place))?;
+        let generated = generated.map_err(|error: CliError| error.at(format!("{}:{}", file.name(), item.line)))?;
         if interrupt::interrupted() {
             break;
         }
@@ -73,24 +70,6 @@ pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> R
     }
     session.log(|| format!("{items} items, {tokens} tokens, decoded in {seconds:.1} s"));
     Ok(())
-}
-
-fn display_name(path: &Path) -> String {
-    if path == Path::new("-") { "standard input".to_string() } else { path.display().to_string() }
-}
-
-/// Where features of this model and layer come from; refuses a layer that it does not have.
-pub fn feature_source(session: &Session, layer: usize) -> Result<FeatureSource, CliError> {
-    let (model, config) = (session.engine.model(), session.engine.config());
-    if layer > config.layers {
-        return Err(crate::engine::EngineError::UnknownLayer { layer, layers: config.layers }.into());
-    }
-    Ok(FeatureSource {
-        layer,
-        model: model.name.clone(),
-        fingerprint: model.fingerprint.clone(),
-        hidden_size: config.hidden_size,
-    })
 }
 
 /// The prompt of an item, and the fields of its line: with `--chat`, a plain prompt becomes the
@@ -146,35 +125,6 @@ pub fn item_seed(seed: u64, index: u64) -> u64 {
     let key = [seed as u32, (seed >> 32) as u32];
     let [low, high, ..] = philox4x32([index as u32, (index >> 32) as u32, STREAM, 0], key);
     (u64::from(high) << 32 | u64::from(low)) >> 11
-}
-
-/// Lines to a file that is there in whole or not at all, or to standard output.
-pub enum Output {
-    File(WholeFile),
-    Stdout(io::Stdout),
-}
-
-impl Output {
-    pub fn open(path: Option<&Path>) -> Result<Output, CliError> {
-        match path.filter(|path| *path != Path::new("-")) {
-            Some(path) => Ok(Output::File(WholeFile::create(path)?)),
-            None => Ok(Output::Stdout(io::stdout())),
-        }
-    }
-
-    pub fn line(&mut self, line: &Value) -> Result<(), CliError> {
-        match self {
-            Output::File(file) => writeln!(file, "{line}").map_err(|source| file.error(source).into()),
-            Output::Stdout(stdout) => Ok(writeln!(stdout, "{line}").and_then(|()| stdout.flush())?),
-        }
-    }
-
-    pub fn finish(self) -> Result<(), CliError> {
-        match self {
-            Output::File(file) => Ok(file.finish()?),
-            Output::Stdout(_) => Ok(()),
-        }
-    }
 }
 
 #[cfg(test)]

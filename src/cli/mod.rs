@@ -5,12 +5,15 @@
 
 mod batch;
 mod error;
+mod features;
 mod generate;
 mod interrupt;
 mod live;
 mod options;
+mod output;
 mod progress;
 mod report;
+mod score;
 mod session;
 
 use std::process::ExitCode;
@@ -32,6 +35,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Generate(generate::GenerateOptions),
+    Score(score::ScoreOptions),
+    Features(features::FeaturesOptions),
 }
 
 /// Runs the command line and returns its exit status.
@@ -39,6 +44,8 @@ pub fn main() -> ExitCode {
     let Cli { global, command } = Cli::parse();
     let result = match &command {
         Command::Generate(options) => generate::run(&global, options),
+        Command::Score(options) => score::run(&global, options),
+        Command::Features(options) => features::run(&global, options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

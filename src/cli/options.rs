@@ -1,6 +1,5 @@
 //! Options that several commands share, and the types of their values.
 
-use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
@@ -145,14 +144,6 @@ impl FromStr for LayerChoice {
             }
         }
     }
-}
-
-/// What `podium features` and the like read, and where they write.
-#[derive(Args, Clone, Debug)]
-pub struct InputFile {
-    /// Candidate file (JSON lines), or - for standard input
-    #[arg(value_name = "FILE.jsonl")]
-    pub file: PathBuf,
 }
 
 #[cfg(test)]

@@ -13,13 +13,14 @@ use super::progress::{Progress, Unit};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
 use crate::backend::sampling::SamplingParams;
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineError, ScoreRequest};
 use crate::model::files::{ModelFiles, TextSource};
 use crate::model::forward::Model;
 use crate::model::text::{ChatMessage, ChatRequest, ChatTemplate, TextError, Tokenizer};
 use crate::model::{default_model, hub};
 use crate::ranker::{Ranker, builtin, find_builtin};
-use crate::tasks::candidates::{Candidates, Prompt};
+use crate::tasks::candidates::{Candidates, Item, Prompt};
+use crate::tasks::feature_file::FeatureSource;
 
 /// Instruction set to run with instead of the best one, for tests: `avx512`, `avx2` or `portable`.
 const ISA_VARIABLE: &str = "PODIUM_ISA";
@@ -123,7 +124,7 @@ impl Session {
     }
 
     /// The token ids of candidates: those given, or their text's by itself, without special tokens.
-    pub fn candidate_tokens(&self, candidates: &Candidates) -> Result<Vec<Vec<u32>>, CliError> {
+    fn candidate_tokens(&self, candidates: &Candidates) -> Result<Vec<Vec<u32>>, CliError> {
         match candidates {
             Candidates::TokenIds(token_ids) => Ok(token_ids.clone()),
             Candidates::Texts(texts) => {
@@ -131,6 +132,32 @@ impl Session {
                 texts.iter().map(|text| Ok(tokenizer.encode(text, false)?)).collect()
             }
         }
+    }
+
+    /// An item's prompt and candidates as token ids.
+    pub fn score_request(&self, item: &Item) -> Result<ScoreRequest, CliError> {
+        let candidates = item.candidates.as_ref().ok_or_else(|| {
+            CliError::Failed("it has no candidates: give `candidates` or `candidate_token_ids`".to_string())
+        })?;
+        Ok(ScoreRequest {
+            prompt_token_ids: self.prompt_tokens(&item.prompt)?,
+            candidate_token_ids: self.candidate_tokens(candidates)?,
+            ..ScoreRequest::default()
+        })
+    }
+
+    /// Where features of this model and layer come from; refuses a layer that it does not have.
+    pub fn feature_source(&self, layer: usize) -> Result<FeatureSource, CliError> {
+        let (model, config) = (self.engine.model(), self.engine.config());
+        if layer > config.layers {
+            return Err(EngineError::UnknownLayer { layer, layers: config.layers }.into());
+        }
+        Ok(FeatureSource {
+            layer,
+            model: model.name.clone(),
+            fingerprint: model.fingerprint.clone(),
+            hidden_size: config.hidden_size,
+        })
     }
 
     /// The ranker in a file, or the built-in one of that name; checked against the model.
