@@ -252,18 +252,17 @@ def oracle(labels, ns):
     return [1 - math.comb(wrong, n) / math.comb(pool, n) for n in ns]
 
 
-def majority(answers, labels, ns, random, samples=200):
+def majority(answers, labels, ns, random, samples=100):
     """Label of the most frequent answer (the first to come among equals), over random subsets."""
-    result = []
-    for n in ns:
-        total = 0.0
-        for _ in range(samples):
-            chosen = random.choice(len(labels), n, replace=False)
-            counts = Counter(answers[i] for i in chosen if answers[i] is not None)
-            winner = counts.most_common(1)[0][0] if counts else None
-            total += labels[next(i for i in chosen if winner is None or answers[i] == winner)]
-        result.append(float(total) / samples)
-    return result
+    total = np.zeros(len(ns))
+    for _ in range(samples):
+        order = random.permutation(len(labels))
+        for i, n in enumerate(ns):
+            counts = Counter(answers[c] for c in order[:n] if answers[c])
+            # Equal counts stay in the order of their first occurrence.
+            winner = max(counts, key=counts.get, default=None)
+            total[i] += labels[next(c for c in order[:n] if winner is None or answers[c] == winner)]
+    return (total / samples).tolist()
 
 
 def answer_prior(groups):
@@ -342,6 +341,7 @@ def arguments():
     add("--dropout", type=float, default=0.1, help="of normalised candidate features")
     add("--validation", type=float, default=0.15, help="part of the training items")
     add("--seed", type=int, default=0)
+    add("--threads", type=int, default=1, help="steps are small: more gain little")
     for field in ("model-name", "model-fingerprint", "feature-position"):
         add(f"--{field}", help="where the features' metadata does not say")
     for field in ("layer", "layers"):
@@ -353,6 +353,7 @@ def main():
     options = arguments()
     options.loss = options.loss or ("listwise" if options.kind == "listwise" else "binary")
     options.epochs = options.epochs or (60 if options.kind == "listwise" else 30)
+    torch.set_num_threads(options.threads)
     training, metadata = read(options.train, options.extra_inputs)
     test, _ = read(options.test, options.extra_inputs)
 

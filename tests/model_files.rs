@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-/// The weights of `tests/reference/gguf_files.py`: number `i` of tensor number `s`.
+/// The weights of `tests/reference/gguf_samples.py`: number `i` of tensor number `s`.
 fn weight(s: usize, i: usize) -> f32 {
     let number = (7919 * i as i64 + 104_729 * s as i64) % 2003 - 1001;
     number as f32 / 1024.0
@@ -436,7 +436,7 @@ proptest! {
     }
 
     #[test]
-    fn damaged_gguf_files_never_panic(
+    fn damaged_gguf_samples_never_panic(
         changes in prop::collection::vec((0..4096usize, any::<u8>()), 1..6),
     ) {
         let mut bytes = std::fs::read(golden("tiny-llama.gguf")).unwrap();

@@ -723,7 +723,7 @@ mod tests {
                 "heads is given, but a pointwise ranker has none",
             ),
             (Pointwise, |c| c.hidden_size = 0, "hidden_size is 0"),
-            (Pointwise, |c| c.hidden_size = 7600, "503248 parameters"),
+            (Pointwise, |c| c.hidden_size = 7600, "503168 parameters"),
             (
                 Pointwise,
                 |c| c.hidden_size = usize::MAX,

@@ -120,12 +120,17 @@ fn exact_scores(
             .map(|query| {
                 let mut joined = Vec::new();
                 for head in 0..heads {
-                    let part = |x: &[f64], which: usize| {
-                        x[which * width + head * head_dim..][..head_dim].to_vec()
-                    };
+                    fn part(x: &[f64], start: usize, len: usize) -> &[f64] {
+                        &x[start..start + len]
+                    }
+                    let first = head * head_dim;
                     let logits: Vec<f64> = qkv
                         .iter()
-                        .map(|key| dot(&part(query, 0), &part(key, 1)) / (head_dim as f64).sqrt())
+                        .map(|key| {
+                            let query = part(query, first, head_dim);
+                            dot(query, part(key, width + first, head_dim))
+                                / (head_dim as f64).sqrt()
+                        })
                         .collect();
                     let largest = logits.iter().copied().fold(f64::MIN, f64::max);
                     let weights: Vec<f64> = logits.iter().map(|x| (x - largest).exp()).collect();
@@ -133,7 +138,7 @@ fn exact_scores(
                     joined.extend((0..head_dim).map(|i| {
                         qkv.iter()
                             .zip(&weights)
-                            .map(|(value, w)| part(value, 2)[i] * w / total)
+                            .map(|(value, w)| value[2 * width + first + i] * w / total)
                             .sum::<f64>()
                     }));
                 }

@@ -538,7 +538,7 @@ pub(super) fn layer_norm<I: Isa>(isa: I, x: &[f32], gain: &[f32], bias: &[f32], 
 /// The tanh approximation of GELU, as x · sigmoid(2u), u = √(2/π) · (x + 0.044715 · x³).
 #[inline(always)]
 pub(super) fn gelu<I: Isa>(x: f32) -> f32 {
-    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_1;
+    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769;
     let u = TWICE_SQRT_2_OVER_PI * x * mul_add::<I>(0.044715 * x, x, 1.0);
     x / (1.0 + exp::<I>(-u))
 }

@@ -492,3 +492,201 @@ unsafe fn multiply_tile<S: Simd>(
     let second = wide.wrapping_add(RUN * LANES);
     unsafe { interleaved_tile::<S>(rows, x, [wide, second], inputs, c, 2 * LANES, first) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::tensor::Tensor;
+    use std::borrow::Cow;
+
+    const DTYPES: [Dtype; 11] = [
+        Dtype::F32,
+        Dtype::F16,
+        Dtype::BF16,
+        Dtype::Q8_0,
+        Dtype::Q4_0,
+        Dtype::Q4_1,
+        Dtype::Q5_0,
+        Dtype::Q5_1,
+        Dtype::Q4K,
+        Dtype::Q5K,
+        Dtype::Q6K,
+    ];
+
+    /// Numbers in -1..1 from a seed.
+    fn random(seed: u64, len: usize) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        std::iter::repeat_with(next).take(len).collect()
+    }
+
+    /// Random stored bits; 16-bit numbers (scales among them) are made small by their upper byte.
+    fn stored(dtype: Dtype, seed: u64, rows: usize, columns: usize) -> Tensor<'static> {
+        let values = random(seed, rows * columns);
+        let data: Vec<u8> = match dtype {
+            Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+            Dtype::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+            _ => {
+                let len = rows * dtype.row_bytes(columns).unwrap();
+                let mut data: Vec<u8> =
+                    random(seed, len).iter().map(|v| (v * 128.0) as i32 as u8).collect();
+                let scale = half::f16::from_f32(0.013).to_le_bytes();
+                for block in data.chunks_mut(dtype.block_bytes()) {
+                    let at = if dtype == Dtype::Q6K { block.len() - 2 } else { 0 };
+                    block[at..at + 2].copy_from_slice(&scale);
+                    if matches!(dtype, Dtype::Q4_1 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K) {
+                        block[2..4].copy_from_slice(&half::f16::from_f32(0.07).to_le_bytes());
+                    }
+                }
+                data
+            }
+        };
+        Tensor { dtype, shape: vec![rows, columns], data: Cow::Owned(data) }
+    }
+
+    fn filled(rows: usize, width: usize, seed: u64) -> Rows {
+        let mut x = Rows::new(rows, width);
+        for row in 0..rows {
+            x.row_mut(row).copy_from_slice(&random(seed + row as u64, width));
+        }
+        x
+    }
+
+    /// `x · weightᵀ` in float64, and the sum of magnitudes that rounding errors are relative to.
+    fn reference(x: &[f32], weight: &Tensor) -> Vec<(f64, f64)> {
+        let values = weight.to_f32();
+        let row = |w: &[f32]| {
+            let products = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+            products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()))
+        };
+        values.chunks(x.len()).map(row).collect()
+    }
+
+    /// A chain of n additions, each rounded, errs by at most n half-units of the running sum, which
+    /// is at most the sum of magnitudes.
+    fn assert_close(got: f32, (exact, size): (f64, f64), inputs: usize, what: &str) {
+        let bound = size * (inputs as f64 + 4.0) * f64::from(f32::EPSILON) / 2.0 + 1e-30;
+        assert!((f64::from(got) - exact).abs() <= bound, "{what}: {got}, exactly {exact}");
+    }
+
+    #[test]
+    fn every_format_and_shape_agrees_with_float64_and_rows_do_not_see_each_other() {
+        for isa in Isa::available() {
+            for dtype in DTYPES {
+                let block = dtype.block_len();
+                for (out_features, blocks) in [(16, 1), (50, 3), (33, 2)] {
+                    let in_features = if block == 1 { 40 * blocks + 3 } else { block * blocks };
+                    let team = Team::new(2).unwrap();
+                    let stored = stored(dtype, 7, out_features, in_features);
+                    let weight = Matrix::pack(&team, std::slice::from_ref(&stored));
+                    let x = filled(29, in_features, 3);
+                    let mut inputs = Inputs::default();
+                    let mut alone = Rows::new(1, out_features);
+                    for rows in [2, 7, 13, 29] {
+                        let chosen: Vec<u32> = (0..rows).collect();
+                        let mut out = Rows::new(rows as usize, out_features);
+                        inputs.fill(&team, isa, &x, Some(&chosen), None);
+                        matmul(&team, isa, &inputs, &weight, None, Epilogue::Store, &mut out);
+                        for row in 0..rows as usize {
+                            inputs.fill(&team, isa, &x, Some(&[row as u32]), None);
+                            matmul(&team, isa, &inputs, &weight, None, Epilogue::Store, &mut alone);
+                            assert_eq!(out.row(row), alone.row(0), "{dtype:?}, row {row} of {rows}");
+                        }
+                    }
+                    for row in 0..29 {
+                        inputs.fill(&team, isa, &x, Some(&[row]), None);
+                        matmul(&team, isa, &inputs, &weight, None, Epilogue::Store, &mut alone);
+                        let exact = reference(x.row(row as usize), &stored);
+                        for (got, exact) in alone.row(0).iter().zip(exact) {
+                            assert_close(*got, exact, in_features, &format!("{dtype:?} {}", isa.name()));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn more_rows_than_a_block_and_more_inputs_than_a_run() {
+        for isa in Isa::available() {
+            let team = Team::new(3).unwrap();
+            let stored = stored(Dtype::BF16, 5, 40, 2 * RUN + 17);
+            let weight = Matrix::pack(&team, std::slice::from_ref(&stored));
+            let rows = ROW_BLOCK + 31;
+            let x = filled(rows, stored.columns(), 11);
+            let (mut inputs, mut out) = (Inputs::default(), Rows::new(rows, 40));
+            inputs.fill(&team, isa, &x, None, None);
+            matmul(&team, isa, &inputs, &weight, None, Epilogue::Store, &mut out);
+            for row in 0..rows {
+                for (got, exact) in out.row(row).iter().zip(reference(x.row(row), &stored)) {
+                    assert_close(*got, exact, stored.columns(), isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn norm_bias_and_epilogues_agree_with_float64() {
+        let (width, outputs) = (72, 38);
+        for isa in Isa::available() {
+            let team = Team::new(1).unwrap();
+            let (gate, up) = (stored(Dtype::F32, 1, outputs, width), stored(Dtype::F16, 2, outputs, width));
+            let bias_values = random(9, 2 * outputs);
+            let (bias, norm_weight) = (Vector::new(&bias_values), Vector::new(&random(8, width)));
+            let norm = Norm { weight: &norm_weight, epsilon: 1e-5 };
+            let x = filled(3, width, 21);
+            let mut inputs = Inputs::default();
+            inputs.fill(&team, isa, &x, None, Some(&norm));
+            let before = random(77, outputs);
+            let gated = Matrix::pack_gated(&team, &gate, &up);
+            let plain = Matrix::pack(&team, &[gate.clone(), up.clone()]);
+            for row in 0..3 {
+                let x: Vec<f64> = x.row(row).iter().map(|x| f64::from(*x)).collect();
+                let scale = (x.iter().map(|x| x * x).sum::<f64>() / width as f64 + 1e-5).sqrt();
+                let normed = x.iter().zip(norm_weight.as_slice()).map(|(x, w)| x / scale * f64::from(*w));
+                let normed: Vec<f64> = normed.collect();
+                let product = |weight: &Tensor, output: usize, bias: usize| -> f64 {
+                    let row = &weight.to_f32()[output * width..][..width];
+                    let dot: f64 = row.iter().zip(&normed).map(|(w, x)| f64::from(*w) * x).sum();
+                    dot + f64::from(bias_values[bias])
+                };
+                let check = |got: &Rows, at: usize, exact: f64, what: &str| {
+                    // The norm's scale, the products and the activation each round: 1e-5 of numbers of
+                    // size one is ten times what they add up to.
+                    let error = (f64::from(got.row(row)[at]) - exact).abs();
+                    assert!(error < 1e-5 * exact.abs().max(1.0), "{what} {}: off by {error}", isa.name());
+                };
+                let mut out = Rows::new(3, 2 * outputs);
+                matmul(&team, isa, &inputs, &plain, Some(&bias), Epilogue::Store, &mut out);
+                let mut capped = Rows::new(3, 2 * outputs);
+                matmul(&team, isa, &inputs, &plain, Some(&bias), Epilogue::Softcap(3.0), &mut capped);
+                let mut added = Rows::new(3, 2 * outputs);
+                for row in 0..3 {
+                    added.row_mut(row)[..outputs].copy_from_slice(&before);
+                }
+                matmul(&team, isa, &inputs, &plain, Some(&bias), Epilogue::Add, &mut added);
+                let mut silu = Rows::new(3, outputs);
+                matmul(&team, isa, &inputs, &gated, Some(&bias), Epilogue::Gated(Activation::Silu), &mut silu);
+                let mut gelu = Rows::new(3, outputs);
+                let tanh_form = Epilogue::Gated(Activation::GeluTanh);
+                matmul(&team, isa, &inputs, &gated, Some(&bias), tanh_form, &mut gelu);
+                for output in 0..outputs {
+                    let (g, u) = (product(&gate, output, output), product(&up, output, outputs + output));
+                    check(&out, output, g, "store");
+                    check(&out, outputs + output, u, "store");
+                    check(&capped, output, 3.0 * (g / 3.0).tanh(), "softcap");
+                    check(&added, output, g + f64::from(before[output]), "add");
+                    check(&silu, output, g / (1.0 + (-g).exp()) * u, "silu");
+                    let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
+                    check(&gelu, output, 0.5 * g * (1.0 + inner.tanh()) * u, "gelu");
+                }
+            }
+        }
+    }
+}
