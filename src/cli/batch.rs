@@ -16,11 +16,19 @@ use crate::engine::{Candidate, Generated};
 use crate::tasks::candidates::{CandidateFile, Item, Prompt};
 use crate::tasks::feature_file::FeatureWriter;
 
-pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> Result<(), CliError> {
+pub fn run(
+    global: &GlobalOptions,
+    options: &GenerateOptions,
+    input: &Path,
+) -> Result<(), CliError> {
     let total = CandidateFile::check(input)?;
     let mut output = Output::open(options.output.as_deref())?;
     let mut session = Session::open(global)?;
-    let ranker = options.ranker.as_deref().map(|name| session.ranker(name)).transpose()?;
+    let ranker = options
+        .ranker
+        .as_deref()
+        .map(|name| session.ranker(name))
+        .transpose()?;
     let layer = options.layer.index(session.engine.config().layers);
     let mut features = match &options.features {
         Some(path) => Some(FeatureWriter::create(path, session.feature_source(layer)?)?),
@@ -42,21 +50,34 @@ pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> R
                 request.stop = stop.clone();
             }
             request.feature_layers = features.iter().map(|_| layer).collect();
-            Ok(session.engine.generate(&request, &mut |_| interrupt::flow())?)
+            Ok(session
+                .engine
+                .generate(&request, &mut |_| interrupt::flow())?)
         })();
-        let generated = generated.map_err(|error: CliError| error.at(format!("{}:{}", file.name(), item.line)))?;
+        let generated = generated
+            .map_err(|error: CliError| error.at(format!("{}:{}", file.name(), item.line)))?;
         if interrupt::interrupted() {
             break;
         }
         output.line(&line(&item, fields, &generated, seed))?;
         if let Some(features) = &mut features {
-            let candidates = generated.candidates.iter().map(|candidate| &candidate.features[0][..]);
+            let candidates = generated
+                .candidates
+                .iter()
+                .map(|candidate| &candidate.features[0][..]);
             features.push(&generated.prompt_features[0], candidates)?;
         }
         items += 1;
-        tokens += generated.candidates.iter().map(|candidate| candidate.token_ids.len()).sum::<usize>();
+        tokens += generated
+            .candidates
+            .iter()
+            .map(|candidate| candidate.token_ids.len())
+            .sum::<usize>();
         seconds += generated.timings.decode_s;
-        progress.note(format!("{:.0} tokens/s", tokens as f64 / f64::max(seconds, 1e-9)));
+        progress.note(format!(
+            "{:.0} tokens/s",
+            tokens as f64 / f64::max(seconds, 1e-9)
+        ));
         progress.advance(1);
     }
     drop(progress);
@@ -65,8 +86,12 @@ pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> R
         features.finish()?;
     }
     if interrupt::interrupted() {
-        let of = total.map(|total| format!(" of {total}")).unwrap_or_default();
-        return Err(CliError::Failed(format!("interrupted: wrote the first {items}{of} items")));
+        let of = total
+            .map(|total| format!(" of {total}"))
+            .unwrap_or_default();
+        return Err(CliError::Failed(format!(
+            "interrupted: wrote the first {items}{of} items"
+        )));
     }
     session.log(|| format!("{items} items, {tokens} tokens, decoded in {seconds:.1} s"));
     Ok(())
@@ -90,14 +115,23 @@ fn as_asked(options: &GenerateOptions, item: &Item) -> (Prompt, Map<String, Valu
 fn line(item: &Item, mut fields: Map<String, Value>, generated: &Generated, seed: u64) -> Value {
     let candidates = &generated.candidates;
     fn each<T: serde::Serialize>(candidates: &[Candidate], of: impl Fn(&Candidate) -> T) -> Value {
-        candidates.iter().map(|candidate| json!(of(candidate))).collect()
+        candidates
+            .iter()
+            .map(|candidate| json!(of(candidate)))
+            .collect()
     }
     let mut results = vec![
         ("candidates", each(candidates, |c| c.text.clone())),
-        ("candidate_token_ids", each(candidates, |c| c.token_ids.clone())),
+        (
+            "candidate_token_ids",
+            each(candidates, |c| c.token_ids.clone()),
+        ),
         ("mean_logprob", each(candidates, Candidate::mean_logprob)),
         ("length", each(candidates, |c| c.token_ids.len())),
-        ("cumulative_logprob", each(candidates, Candidate::cumulative_logprob)),
+        (
+            "cumulative_logprob",
+            each(candidates, Candidate::cumulative_logprob),
+        ),
         ("self_certainty", each(candidates, |c| c.self_certainty)),
         ("finish_reasons", each(candidates, |c| c.finish_reason)),
         ("seed", json!(seed)),
@@ -114,7 +148,11 @@ fn line(item: &Item, mut fields: Map<String, Value>, generated: &Generated, seed
     line.insert("id".to_string(), item.id.clone());
     line.extend(fields);
     line.insert("id".to_string(), item.id.clone());
-    line.extend(results.into_iter().map(|(name, value)| (name.to_string(), value)));
+    line.extend(
+        results
+            .into_iter()
+            .map(|(name, value)| (name.to_string(), value)),
+    );
     Value::Object(line)
 }
 
@@ -133,8 +171,9 @@ mod tests {
 
     #[test]
     fn seeds_of_items_differ_and_stay_the_same() {
-        let seeds: std::collections::HashSet<u64> =
-            (0..4).flat_map(|seed| (0..1000).map(move |index| item_seed(seed, index))).collect();
+        let seeds: std::collections::HashSet<u64> = (0..4)
+            .flat_map(|seed| (0..1000).map(move |index| item_seed(seed, index)))
+            .collect();
         assert_eq!(seeds.len(), 4000);
         assert!(seeds.iter().all(|&seed| seed < 1 << 53));
         // Files that were made once can be made again.

@@ -37,7 +37,12 @@ pub struct FeaturesOptions {
     pub output: PathBuf,
 
     /// Layer after which they are taken: a number, or a fraction of the way up
-    #[arg(long, value_name = "INDEX|FRACTION", default_value = "0.6", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "INDEX|FRACTION",
+        default_value = "0.6",
+        allow_negative_numbers = true
+    )]
     pub layer: LayerChoice,
 }
 
@@ -56,15 +61,28 @@ pub fn run(global: &GlobalOptions, options: &FeaturesOptions) -> Result<(), CliE
         }
         let scored = session
             .score_request(&item)
-            .and_then(|request| Ok(session.engine.score(&ScoreRequest { layers: vec![layer], ..request })?))
+            .and_then(|request| {
+                Ok(session.engine.score(&ScoreRequest {
+                    layers: vec![layer],
+                    ..request
+                })?)
+            })
             .map_err(|error| error.at(format!("{}:{}", file.name(), item.line)))?;
-        let candidates = scored.candidate_features.iter().map(|of_layers| &of_layers[0][..]);
+        let candidates = scored
+            .candidate_features
+            .iter()
+            .map(|of_layers| &of_layers[0][..]);
         writer.push(&scored.prompt_features[0], candidates)?;
         progress.advance(1);
     }
     drop(progress);
     let groups = writer.groups();
     writer.finish()?;
-    session.log(|| format!("{groups} groups of layer {layer} in {}", options.output.display()));
+    session.log(|| {
+        format!(
+            "{groups} groups of layer {layer} in {}",
+            options.output.display()
+        )
+    });
     Ok(())
 }

@@ -53,7 +53,9 @@ impl LiveView {
     pub fn observe(&mut self, event: Event) {
         match event {
             Event::Prefill { done, total } => self.prefill = (done, total),
-            Event::Token { candidate, logprob, .. } => {
+            Event::Token {
+                candidate, logprob, ..
+            } => {
                 if let Some(candidate) = self.candidates.get_mut(candidate) {
                     candidate.logprob += f64::from(logprob);
                     candidate.tokens += 1;
@@ -88,13 +90,20 @@ impl LiveView {
     /// `seconds` is the time since the first token.
     fn frame(&self, width: usize, height: usize, seconds: f64) -> Vec<String> {
         // The last column and line stay free, so that nothing wraps or scrolls.
-        let (width, height) = (width.saturating_sub(1).max(1), height.saturating_sub(1).max(1));
+        let (width, height) = (
+            width.saturating_sub(1).max(1),
+            height.saturating_sub(1).max(1),
+        );
         let mut lines = vec![last_columns(&self.status(seconds), width)];
         let rest = height - 1;
         match self.stream {
             Stream::Best => {
                 let wrapped = wrap(&self.candidates[self.best()].text, width);
-                lines.extend(wrapped[wrapped.len().saturating_sub(rest)..].iter().cloned());
+                lines.extend(
+                    wrapped[wrapped.len().saturating_sub(rest)..]
+                        .iter()
+                        .cloned(),
+                );
             }
             Stream::All => {
                 let best = self.best();
@@ -106,7 +115,10 @@ impl LiveView {
                     };
                     let label = format!("{mark}{index:>3} ");
                     let room = width.saturating_sub(label.len());
-                    lines.push(last_columns(&label, width) + &last_columns(&on_one_line(&candidate.text), room));
+                    lines.push(
+                        last_columns(&label, width)
+                            + &last_columns(&on_one_line(&candidate.text), room),
+                    );
                 }
             }
             Stream::None => {}
@@ -125,7 +137,10 @@ impl LiveView {
             Stream::Best => format!("candidate {} leads; ", self.best()),
             _ => String::new(),
         };
-        format!("{shown}{running} of {n} running, {} tokens, {rate:.0} tokens/s", self.tokens)
+        format!(
+            "{shown}{running} of {n} running, {} tokens, {rate:.0} tokens/s",
+            self.tokens
+        )
     }
 }
 
@@ -147,7 +162,13 @@ impl LiveTerminal {
             return None;
         }
         let view = LiveView::new(stream, n);
-        Some(LiveTerminal { view, terminal, drawn: 0, last_frame: None, first_token: None })
+        Some(LiveTerminal {
+            view,
+            terminal,
+            drawn: 0,
+            last_frame: None,
+            first_token: None,
+        })
     }
 
     pub fn observe(&mut self, event: Event) {
@@ -164,12 +185,18 @@ impl LiveTerminal {
 
     fn draw(&mut self) {
         let (height, width) = self.terminal.size();
-        let seconds = self.first_token.map_or(0.0, |first| first.elapsed().as_secs_f64());
+        let seconds = self
+            .first_token
+            .map_or(0.0, |first| first.elapsed().as_secs_f64());
         let lines = self.view.frame(width.into(), height.into(), seconds);
         // A terminal that cannot be written to shows nothing; the result does not depend on it.
         let _ = self.terminal.clear_last_lines(self.drawn);
         for (index, line) in lines.iter().enumerate() {
-            let line = if index == 0 { style(line).dim().for_stderr().to_string() } else { line.clone() };
+            let line = if index == 0 {
+                style(line).dim().for_stderr().to_string()
+            } else {
+                line.clone()
+            };
             let _ = self.terminal.write_line(&line);
         }
         let _ = self.terminal.flush();
@@ -186,7 +213,15 @@ impl Drop for LiveTerminal {
 
 /// A text without line ends and other characters that move the cursor.
 fn on_one_line(text: &str) -> String {
-    text.chars().map(|character| if character.is_control() { ' ' } else { character }).collect()
+    text.chars()
+        .map(|character| {
+            if character.is_control() {
+                ' '
+            } else {
+                character
+            }
+        })
+        .collect()
 }
 
 /// The end of a line, as much as fits into so many columns.
@@ -233,7 +268,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn grow(view: &mut LiveView, candidate: usize, piece: &str, logprob: f32) {
-        view.observe(Event::Token { candidate, token: 0, logprob });
+        view.observe(Event::Token {
+            candidate,
+            token: 0,
+            logprob,
+        });
         view.observe(Event::Text { candidate, piece });
     }
 
@@ -241,19 +280,34 @@ mod tests {
     fn best_shows_the_candidate_with_the_highest_mean_logprob() {
         let mut view = LiveView::new(Stream::Best, 2);
         view.observe(Event::Prefill { done: 3, total: 9 });
-        assert_eq!(view.frame(80, 24, 0.0), ["reading the prompt: 3 of 9 tokens"]);
+        assert_eq!(
+            view.frame(80, 24, 0.0),
+            ["reading the prompt: 3 of 9 tokens"]
+        );
         grow(&mut view, 0, "Paris", -1.0);
         grow(&mut view, 1, "Lyon", -2.0);
-        view.observe(Event::Step { tokens: 2, running: 2 });
+        view.observe(Event::Step {
+            tokens: 2,
+            running: 2,
+        });
         assert_eq!(
             view.frame(80, 24, 1.0),
-            ["candidate 0 leads; 2 of 2 running, 2 tokens, 2 tokens/s", "Paris"]
+            [
+                "candidate 0 leads; 2 of 2 running, 2 tokens, 2 tokens/s",
+                "Paris"
+            ]
         );
         // A mean, not a sum: the longer one may lead.
         grow(&mut view, 1, " is\nnice", -0.2);
         grow(&mut view, 1, "", -0.2);
-        view.observe(Event::Finished { candidate: 0, reason: FinishReason::Stop });
-        view.observe(Event::Step { tokens: 4, running: 1 });
+        view.observe(Event::Finished {
+            candidate: 0,
+            reason: FinishReason::Stop,
+        });
+        view.observe(Event::Step {
+            tokens: 4,
+            running: 1,
+        });
         assert_eq!(view.frame(80, 24, 1.0)[1..], ["Lyon is", "nice"]);
         // Where there is little room, the end of the text counts.
         assert_eq!(view.frame(4, 3, 1.0)[1..], ["e"]);
@@ -264,8 +318,14 @@ mod tests {
         let mut view = LiveView::new(Stream::All, 3);
         grow(&mut view, 0, "one\ntwo three", -1.0);
         grow(&mut view, 2, "x", -0.1);
-        view.observe(Event::Finished { candidate: 0, reason: FinishReason::Stop });
-        view.observe(Event::Step { tokens: 2, running: 2 });
+        view.observe(Event::Finished {
+            candidate: 0,
+            reason: FinishReason::Stop,
+        });
+        view.observe(Event::Step {
+            tokens: 2,
+            running: 2,
+        });
         let frame = view.frame(13, 10, 1.0);
         assert_eq!(frame[1..], [".  0 o three", "   1 ", "*  2 x"]);
     }
@@ -274,7 +334,10 @@ mod tests {
     fn escape_sequences_of_a_candidate_do_not_reach_the_terminal() {
         let mut view = LiveView::new(Stream::Best, 1);
         grow(&mut view, 0, "a\u{1b}[2Jb\rc", 0.0);
-        view.observe(Event::Step { tokens: 1, running: 1 });
+        view.observe(Event::Step {
+            tokens: 1,
+            running: 1,
+        });
         assert_eq!(view.frame(80, 24, 1.0)[1], "a [2Jb c");
     }
 

@@ -4,6 +4,8 @@
 //! (failed) or 2 (the command itself makes no sense).
 
 mod batch;
+mod bench;
+mod devices;
 mod error;
 mod features;
 mod generate;
@@ -37,6 +39,8 @@ enum Command {
     Generate(generate::GenerateOptions),
     Score(score::ScoreOptions),
     Features(features::FeaturesOptions),
+    Bench(bench::BenchOptions),
+    Devices(devices::DevicesOptions),
 }
 
 /// Runs the command line and returns its exit status.
@@ -46,6 +50,8 @@ pub fn main() -> ExitCode {
         Command::Generate(options) => generate::run(&global, options),
         Command::Score(options) => score::run(&global, options),
         Command::Features(options) => features::run(&global, options),
+        Command::Bench(options) => bench::run(&global, options),
+        Command::Devices(options) => devices::run(&global, options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -29,7 +29,9 @@ impl Output {
 
     pub fn line(&mut self, line: &Value) -> Result<(), CliError> {
         match self {
-            Output::File(file) => writeln!(file, "{line}").map_err(|source| file.error(source).into()),
+            Output::File(file) => {
+                writeln!(file, "{line}").map_err(|source| file.error(source).into())
+            }
             Output::Stdout(stdout) => Ok(writeln!(stdout, "{line}").and_then(|()| stdout.flush())?),
         }
     }

@@ -46,7 +46,9 @@ impl Progress {
     /// The same for work whose results go to `output`: hidden where they share a terminal.
     pub fn beside(output: &Output, what: &'static str, total: Option<u64>, unit: Unit) -> Progress {
         match output.is_terminal() {
-            true => Progress { bar: ProgressBar::hidden() },
+            true => Progress {
+                bar: ProgressBar::hidden(),
+            },
             false => Progress::new(what, total, unit),
         }
     }

@@ -83,7 +83,13 @@ impl<'a> Report<'a> {
             self_certainty: candidate.self_certainty,
             score: candidate.score,
         };
-        let Timings { prefill_s, decode_s, features_s, rank_s, decode_tokens_per_s } = generated.timings;
+        let Timings {
+            prefill_s,
+            decode_s,
+            features_s,
+            rank_s,
+            decode_tokens_per_s,
+        } = generated.timings;
         Report {
             model: asked.model,
             prompt: asked.prompt,
@@ -97,7 +103,13 @@ impl<'a> Report<'a> {
                 prompt_tokens: asked.prompt_tokens,
                 completion_tokens: completion_tokens(generated),
             },
-            timings: ReportedTimings { prefill_s, decode_s, features_s, rank_s, decode_tokens_per_s },
+            timings: ReportedTimings {
+                prefill_s,
+                decode_s,
+                features_s,
+                rank_s,
+                decode_tokens_per_s,
+            },
         }
     }
 
@@ -110,7 +122,11 @@ impl<'a> Report<'a> {
 
 /// Tokens of all candidates.
 fn completion_tokens(generated: &Generated) -> usize {
-    generated.candidates.iter().map(|candidate| candidate.token_ids.len()).sum()
+    generated
+        .candidates
+        .iter()
+        .map(|candidate| candidate.token_ids.len())
+        .sum()
 }
 
 /// The chosen text, or every candidate with the chosen one marked.
@@ -123,7 +139,11 @@ pub fn print_texts(generated: &Generated, all: bool) -> Result<(), CliError> {
     for (place, candidate) in generated.candidates.iter().enumerate() {
         let chosen = place == generated.selected;
         let headline = headline(candidate, chosen);
-        let headline = if chosen { style(headline).bold() } else { style(headline).dim() };
+        let headline = if chosen {
+            style(headline).bold()
+        } else {
+            style(headline).dim()
+        };
         writeln!(stdout, "{headline}\n{}\n", candidate.text)?;
     }
     Ok(())
@@ -132,9 +152,14 @@ pub fn print_texts(generated: &Generated, all: bool) -> Result<(), CliError> {
 /// One line about a candidate.
 fn headline(candidate: &Candidate, chosen: bool) -> String {
     let mark = if chosen { "*" } else { " " };
-    let score = candidate.score.map(|score| format!("score {score:.4}, ")).unwrap_or_default();
+    let score = candidate
+        .score
+        .map(|score| format!("score {score:.4}, "))
+        .unwrap_or_default();
     let tokens = candidate.token_ids.len();
-    let finish = candidate.finish_reason.map_or("cut off".to_string(), |reason| reason.to_string());
+    let finish = candidate
+        .finish_reason
+        .map_or("cut off".to_string(), |reason| reason.to_string());
     let chosen = if chosen { ", chosen" } else { "" };
     format!(
         "{mark} [{}] {score}mean log-probability {:.4}, {tokens} {}, {finish}{chosen}",
@@ -146,10 +171,20 @@ fn headline(candidate: &Candidate, chosen: bool) -> String {
 
 /// One line about the work, for standard error.
 pub fn print_work(asked: &Asked, generated: &Generated) {
-    let Timings { prefill_s, decode_s, features_s, rank_s, decode_tokens_per_s } = generated.timings;
+    let Timings {
+        prefill_s,
+        decode_s,
+        features_s,
+        rank_s,
+        decode_tokens_per_s,
+    } = generated.timings;
     let n = generated.candidates.len();
     let ranked = match asked.ranker {
-        Some(_) => format!(", features {:.1} ms, ranker {:.2} ms", features_s * 1e3, rank_s * 1e3),
+        Some(_) => format!(
+            ", features {:.1} ms, ranker {:.2} ms",
+            features_s * 1e3,
+            rank_s * 1e3
+        ),
         None => String::new(),
     };
     let line = format!(
@@ -165,5 +200,9 @@ pub fn print_work(asked: &Asked, generated: &Generated) {
 }
 
 fn plural(count: usize, word: &str) -> String {
-    if count == 1 { word.to_string() } else { format!("{word}s") }
+    if count == 1 {
+        word.to_string()
+    } else {
+        format!("{word}s")
+    }
 }

@@ -48,7 +48,12 @@ pub struct ScoreOptions {
     pub logprobs: bool,
 
     /// Layer of the features, a number or a fraction; must be the ranker's [default: the ranker's]
-    #[arg(long, value_name = "INDEX|FRACTION", requires = "ranker", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "INDEX|FRACTION",
+        requires = "ranker",
+        allow_negative_numbers = true
+    )]
     pub layer: Option<LayerChoice>,
 
     /// Where the results go [default: standard output]
@@ -60,7 +65,11 @@ pub fn run(global: &GlobalOptions, options: &ScoreOptions) -> Result<(), CliErro
     let total = CandidateFile::check(&options.file)?;
     let mut output = Output::open(options.output.as_deref())?;
     let mut session = Session::open(global)?;
-    let ranker = options.ranker.as_deref().map(|name| session.ranker(name)).transpose()?;
+    let ranker = options
+        .ranker
+        .as_deref()
+        .map(|name| session.ranker(name))
+        .transpose()?;
     if let (Some(ranker), Some(layer)) = (&ranker, options.layer) {
         ranker.check_layer(layer.index(session.engine.config().layers))?;
     }
@@ -108,17 +117,36 @@ fn score(
     Ok(Value::Object(line))
 }
 
-fn rank(ranker: &Ranker, item: &Item, request: &ScoreRequest, scored: &Scored) -> Result<Vec<f32>, CliError> {
+fn rank(
+    ranker: &Ranker,
+    item: &Item,
+    request: &ScoreRequest,
+    scored: &Scored,
+) -> Result<Vec<f32>, CliError> {
     let mean = |logprobs: &Vec<f32>| {
         let sum: f64 = logprobs.iter().map(|&logprob| f64::from(logprob)).sum();
         (sum / logprobs.len().max(1) as f64) as f32
     };
-    let extra = request.candidate_token_ids.iter().enumerate().map(|(k, token_ids)| ExtraInputs {
-        mean_logprob: item.mean_logprob.as_ref().map_or_else(|| mean(&scored.token_logprobs[k]), |given| given[k]),
-        length: item.length.as_ref().map_or(token_ids.len() as f32, |given| given[k]),
-    });
+    let extra = request
+        .candidate_token_ids
+        .iter()
+        .enumerate()
+        .map(|(k, token_ids)| ExtraInputs {
+            mean_logprob: item
+                .mean_logprob
+                .as_ref()
+                .map_or_else(|| mean(&scored.token_logprobs[k]), |given| given[k]),
+            length: item
+                .length
+                .as_ref()
+                .map_or(token_ids.len() as f32, |given| given[k]),
+        });
     let extra: Vec<ExtraInputs> = extra.collect();
-    let features: Vec<f32> = scored.candidate_features.iter().flat_map(|of_layers| of_layers[0].iter().copied()).collect();
+    let features: Vec<f32> = scored
+        .candidate_features
+        .iter()
+        .flat_map(|of_layers| of_layers[0].iter().copied())
+        .collect();
     Ok(ranker.score(&scored.prompt_features[0], &features, &extra)?)
 }
 
