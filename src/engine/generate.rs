@@ -359,10 +359,14 @@ impl<B: Backend> Run<B> {
         observer: &mut Observer,
     ) -> (Option<FinishReason>, ControlFlow<()>) {
         let writing = &mut self.writing[candidate];
+        let (token, logprob) = (sampled.token, sampled.logprob);
         let reason = writing.push(&self.conditions, sampled);
-        let piece = writing.stop.stream();
         let mut flow = ControlFlow::Continue(());
-        if !piece.is_empty() {
+        if reason != Some(FinishReason::Stop) {
+            flow = observer(Event::Token { candidate, token, logprob });
+        }
+        let piece = writing.stop.stream();
+        if !piece.is_empty() && flow.is_continue() {
             flow = observer(Event::Text { candidate, piece });
         }
         if let (Some(reason), true) = (reason, flow.is_continue()) {

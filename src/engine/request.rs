@@ -110,6 +110,8 @@ pub struct Timings {
 pub enum Event<'a> {
     /// So many tokens of the prompt are done.
     Prefill { done: usize, total: usize },
+    /// A candidate grew by a token, which a stop string may still take back. The end token is none.
+    Token { candidate: usize, token: u32, logprob: f32 },
     /// A candidate's text grew by a piece that will not be taken back.
     Text { candidate: usize, piece: &'a str },
     /// A candidate has ended.

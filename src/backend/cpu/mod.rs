@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod kv_cache;
+pub mod limits;
 pub mod matmul;
 pub mod matrix;
 pub mod rope;
