@@ -85,7 +85,9 @@ impl Cpu {
             }
         });
         // `run` has returned, so every task has stored its result.
-        let results = results.into_iter().map(|result| result.into_inner().ok().flatten());
+        let results = results
+            .into_iter()
+            .map(|result| result.into_inner().ok().flatten());
         results.flatten().collect()
     }
 
