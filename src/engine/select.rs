@@ -21,7 +21,7 @@ pub enum Strategy {
     First,
     /// The most probable token at each step: one candidate, written at temperature 0
     Greedy,
-    /// Beam search: the highest mean log-probability among the finished beams
+    /// Beam search: the finished beam with the highest mean log-probability
     Beam,
     /// The answer that most candidates give (self-consistency)
     Majority,
@@ -237,7 +237,7 @@ mod tests {
             (Strategy::Ranker, 2),
             (Strategy::First, 0),
             (Strategy::Greedy, 0),
-            (Strategy::Beam, 1),
+            (Strategy::Beam, 0),
             (Strategy::Majority, 0),
             (Strategy::Logprob, 1),
             (Strategy::SelfCertainty, 2),
