@@ -3,3 +3,6 @@
 pub mod cpu;
 pub mod random;
 pub mod sampling;
+
+/// Tokens in a page of the KV cache.
+pub const PAGE_LEN: usize = 16;

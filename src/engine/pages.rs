@@ -6,8 +6,7 @@
 //! only [shared](PagePool::share) or [released](PagePool::release), so a page can be neither
 //! released twice nor used after its release.
 
-/// Tokens in a page.
-pub const PAGE_LEN: usize = 16;
+use crate::backend::PAGE_LEN;
 
 /// One holder's claim on a page. Dropping it without [`PagePool::release`] keeps the page taken.
 #[derive(Debug, PartialEq, Eq, Hash)]

@@ -1,4 +1,5 @@
 //! The CPU backend: rayon threads, SIMD chosen at run time.
 
+mod filter;
 pub mod sample;
 pub mod softmax;
