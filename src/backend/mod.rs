@@ -1,8 +1,213 @@
-//! What the forward pass needs of a device.
+//! What the forward pass needs of a device: coarse operations, each of them one kernel on a GPU.
 
 pub mod cpu;
 pub mod random;
 pub mod sampling;
 
+use crate::model::config::{Activation, Rope};
+use crate::model::tensor::Tensor;
+use sampling::{SampleRow, Sampled};
+
 /// Tokens in a page of the KV cache.
 pub const PAGE_LEN: usize = 16;
+
+/// A page of the KV cache: the keys and values of [`PAGE_LEN`] tokens in every layer.
+pub type PageId = u32;
+
+/// What a device can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    #[error("out of memory: {what} needs {needed} bytes")]
+    OutOfMemory { what: String, needed: usize },
+    #[error("cannot start {threads} threads: {reason}")]
+    Threads { threads: usize, reason: String },
+    #[error(transparent)]
+    Logits(#[from] sampling::LogitsError),
+}
+
+/// Tokens that go through the model together.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// One token a row.
+    pub tokens: Vec<u32>,
+    /// Groups in the order of their rows; together they cover every row.
+    pub groups: Vec<Group>,
+}
+
+/// Sequences that share a prefix.
+#[derive(Clone, Debug, Default)]
+pub struct Group {
+    /// Pages of the shared prefix, and how many tokens they hold (the last page may be part full).
+    pub prefix: Vec<PageId>,
+    pub prefix_len: usize,
+    pub segments: Vec<Segment>,
+}
+
+/// Consecutive tokens of one sequence, behind the group's prefix.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// The sequence's own pages; room for `start + rows` tokens.
+    pub pages: Vec<PageId>,
+    /// Tokens that its own pages hold already.
+    pub start: usize,
+    /// Rows of this batch that go on from there.
+    pub rows: usize,
+}
+
+/// Shape of the keys and values of a token, and how many query heads share them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+/// RMSNorm: `x · weight / sqrt(mean(x²) + epsilon)`.
+pub struct Norm<'a, V> {
+    pub weight: &'a V,
+    pub epsilon: f32,
+}
+
+// Not derived: that would ask the same of `V`.
+impl<V> Clone for Norm<'_, V> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<V> Copy for Norm<'_, V> {}
+
+/// The attention of one layer.
+pub struct Attention<'a, V> {
+    pub layer: usize,
+    pub scale: f32,
+    pub softcap: Option<f32>,
+    /// A token at position p sees positions p - window + 1 ..= p.
+    pub window: Option<usize>,
+    pub rope: &'a Rope,
+    /// RMSNorm over each head's query and key.
+    pub query_norm: Option<Norm<'a, V>>,
+    pub key_norm: Option<Norm<'a, V>>,
+}
+
+/// A device: memory for weights and activations, and the operations of the forward pass.
+///
+/// Activations are float32 `[rows, width]`. Every operation treats rows apart, with an order of
+/// additions that does not depend on what other rows there are: a row of a batch has the same bits
+/// as the same row alone.
+pub trait Backend: Sized + Send + Sync + 'static {
+    /// Weights `[out_features, in_features]` in the form that the device computes from.
+    type Matrix: Send + Sync;
+    /// A float32 vector.
+    type Vector: Send + Sync;
+    /// Float32 activations.
+    type Rows: Send + Sync;
+    type KvCache: Send + Sync;
+    /// A batch, made ready: positions, pages and angles where the kernels want them.
+    type Plan;
+
+    fn name(&self) -> String;
+
+    /// Stored matrices with the same inputs, their outputs side by side.
+    fn matrix(&self, parts: &[Tensor]) -> Result<Self::Matrix, BackendError>;
+    /// A gate and an up projection for [`Backend::norm_gated_matmul`].
+    fn gated_matrix(&self, gate: &Tensor, up: &Tensor) -> Result<Self::Matrix, BackendError>;
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
+    fn vector(&self, values: &[f32]) -> Result<Self::Vector, BackendError>;
+    fn rows(&self, rows: usize, width: usize) -> Result<Self::Rows, BackendError>;
+    /// Changes the number of rows; contents become unspecified.
+    fn resize(&self, rows: &mut Self::Rows, to: usize) -> Result<(), BackendError>;
+    /// One row, brought to the host.
+    fn read_row(&self, rows: &Self::Rows, row: usize) -> Result<Vec<f32>, BackendError>;
+    /// Copies rows, `(from, to)` each.
+    fn copy_rows(&self, from: &Self::Rows, moves: &[(usize, usize)], to: &mut Self::Rows);
+
+    /// Copies a row onto another of the same rows.
+    fn copy_row_within(&self, rows: &mut Self::Rows, from: usize, to: usize);
+
+    fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
+    /// Makes page `to` a copy of page `from`, in every layer.
+    fn copy_page(&self, kv: &mut Self::KvCache, from: PageId, to: PageId) -> Result<(), BackendError>;
+    /// Makes room for the batch's pages and readies its positions. `ropes` are all that its layers use.
+    fn plan(
+        &self,
+        batch: &Batch,
+        ropes: &[&Rope],
+        kv: &mut Self::KvCache,
+    ) -> Result<Self::Plan, BackendError>;
+
+    /// `out[row] = table[token of row] · scale`.
+    fn embed(&self, plan: &Self::Plan, table: &Self::Matrix, scale: f32, out: &mut Self::Rows);
+
+    /// `out = norm(x) · weightᵀ + bias`.
+    fn norm_matmul(
+        &self,
+        x: &Self::Rows,
+        norm: Norm<Self::Vector>,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Rows,
+    );
+
+    /// Takes rows `[query heads | key heads | value heads] × head_dim`, normalises queries and keys
+    /// where asked, rotates them by their position, and appends keys and values to the cache.
+    /// Queries are rotated in place.
+    fn rope_append(
+        &self,
+        plan: &Self::Plan,
+        attention: &Attention<Self::Vector>,
+        qkv: &mut Self::Rows,
+        kv: &mut Self::KvCache,
+    );
+
+    /// Attention of each row's queries over the group's prefix and the sequence's own tokens up to
+    /// its own; the prefix is read once for all rows of a group.
+    fn attention(
+        &self,
+        plan: &Self::Plan,
+        attention: &Attention<Self::Vector>,
+        qkv: &Self::Rows,
+        kv: &Self::KvCache,
+        out: &mut Self::Rows,
+    );
+
+    /// `residual += x · weightᵀ + bias`, or, with a norm, `residual += norm(x · weightᵀ + bias)`.
+    fn matmul_add(
+        &self,
+        x: &Self::Rows,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        norm: Option<Norm<Self::Vector>>,
+        residual: &mut Self::Rows,
+    );
+
+    /// `out = activation(norm(x) · gateᵀ) ⊙ (norm(x) · upᵀ)`.
+    fn norm_gated_matmul(
+        &self,
+        x: &Self::Rows,
+        norm: Norm<Self::Vector>,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        activation: Activation,
+        out: &mut Self::Rows,
+    );
+
+    /// `out[i] = softcap(norm(x[rows[i]]) · weightᵀ)`.
+    fn lm_head(
+        &self,
+        x: &Self::Rows,
+        rows: &[u32],
+        norm: Norm<Self::Vector>,
+        weight: &Self::Matrix,
+        softcap: Option<f32>,
+        out: &mut Self::Rows,
+    );
+
+    /// Draws a token for each entry from its row of logits.
+    fn sample(&self, logits: &Self::Rows, rows: &[SampleRow])
+    -> Result<Vec<Sampled>, BackendError>;
+
+    /// Natural log-probability of `tokens[i]` in row i of the logits.
+    fn token_logprobs(&self, logits: &Self::Rows, tokens: &[u32])
+    -> Result<Vec<f32>, BackendError>;
+}

@@ -109,8 +109,9 @@ pub fn select(strategy: Strategy, candidates: &[CandidateFacts<'_>]) -> Result<u
     }
     let highest = |fact: fn(&CandidateFacts<'_>) -> f64| first_highest(candidates.iter().map(fact));
     match strategy {
-        Strategy::First | Strategy::Greedy => Ok(0),
-        Strategy::Beam | Strategy::Logprob => Ok(highest(|candidate| candidate.mean_logprob())),
+        // Beam search gives its answers best first.
+        Strategy::First | Strategy::Greedy | Strategy::Beam => Ok(0),
+        Strategy::Logprob => Ok(highest(|candidate| candidate.mean_logprob())),
         Strategy::SelfCertainty => Ok(highest(|candidate| candidate.self_certainty)),
         Strategy::Majority => Ok(majority(candidates)),
         Strategy::Ranker => {

@@ -1,5 +1,416 @@
 //! The CPU backend: rayon threads, SIMD chosen at run time.
 
+pub mod attention;
 mod filter;
+pub mod kv_cache;
+pub mod matmul;
+pub mod matrix;
+pub mod rope;
+pub mod rows;
 pub mod sample;
+pub mod simd;
 pub mod softmax;
+pub mod team;
+
+use super::sampling::{SampleRow, Sampled};
+use super::{Attention, Backend, BackendError, Batch, KvShape, Norm, PAGE_LEN, PageId};
+use crate::model::config::{Activation, Rope};
+use crate::model::tensor::Tensor;
+use kv_cache::KvCache;
+use matmul::{Epilogue, Inputs, matmul};
+use matrix::Matrix;
+use rope::{Angles, Append, Heads};
+use rows::{Rows, Vector};
+use simd::{Isa, Kernel, LANES, Simd};
+use std::sync::{Mutex, MutexGuard};
+use team::Team;
+
+/// The processor.
+pub struct Cpu {
+    team: Team,
+    isa: Isa,
+    scratch: Mutex<Scratch>,
+}
+
+/// Memory that operations use while they run.
+struct Scratch {
+    inputs: Inputs,
+    product: Rows,
+}
+
+/// A batch with its positions worked out.
+pub struct Plan {
+    batch: Batch,
+    places: Vec<(PageId, usize)>,
+    /// Angles for each distinct rope.
+    angles: Vec<(Rope, Angles)>,
+    attention: attention::Plan,
+}
+
+impl Cpu {
+    /// A CPU backend with `threads` threads (the caller is one of them) and an instruction set out of
+    /// [`Isa::available`].
+    pub fn new(threads: usize, isa: Isa) -> Result<Cpu, BackendError> {
+        let team = Team::new(threads).map_err(|error| BackendError::Threads {
+            threads,
+            reason: error.to_string(),
+        })?;
+        let scratch = Mutex::new(Scratch {
+            inputs: Inputs::default(),
+            product: Rows::new(0, LANES),
+        });
+        Ok(Cpu { team, isa, scratch })
+    }
+
+    pub fn threads(&self) -> usize {
+        self.team.threads()
+    }
+
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    pub fn team(&self) -> &Team {
+        &self.team
+    }
+
+    /// `f` of every row, on all threads.
+    fn map_rows<T: Send>(&self, rows: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+        let results: Vec<Mutex<Option<T>>> = (0..rows).map(|_| Mutex::new(None)).collect();
+        self.team.run(rows, |row| {
+            let result = f(row);
+            if let Ok(mut place) = results[row].lock() {
+                *place = Some(result);
+            }
+        });
+        // `run` has returned, so every task has stored its result.
+        let results = results.into_iter().map(|result| result.into_inner().ok().flatten());
+        results.flatten().collect()
+    }
+
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        // What a panicking operation left behind is overwritten by the next.
+        self.scratch
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Backend for Cpu {
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Rows = Rows;
+    type KvCache = KvCache;
+    type Plan = Plan;
+
+    fn name(&self) -> String {
+        let threads = self.threads();
+        format!(
+            "cpu ({}, {threads} thread{})",
+            self.isa.name(),
+            if threads == 1 { "" } else { "s" }
+        )
+    }
+
+    fn matrix(&self, parts: &[Tensor]) -> Result<Matrix, BackendError> {
+        Ok(Matrix::pack(&self.team, parts))
+    }
+
+    fn gated_matrix(&self, gate: &Tensor, up: &Tensor) -> Result<Matrix, BackendError> {
+        Ok(Matrix::pack_gated(&self.team, gate, up))
+    }
+
+    fn matrix_bytes(&self, matrix: &Matrix) -> usize {
+        matrix.bytes()
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Vector, BackendError> {
+        Ok(Vector::new(values))
+    }
+
+    fn rows(&self, rows: usize, width: usize) -> Result<Rows, BackendError> {
+        Ok(Rows::new(rows, width))
+    }
+
+    fn resize(&self, rows: &mut Rows, to: usize) -> Result<(), BackendError> {
+        rows.resize(to);
+        Ok(())
+    }
+
+    fn read_row(&self, rows: &Rows, row: usize) -> Result<Vec<f32>, BackendError> {
+        Ok(rows.row(row).to_vec())
+    }
+
+    fn copy_rows(&self, from: &Rows, moves: &[(usize, usize)], to: &mut Rows) {
+        for &(source, target) in moves {
+            to.row_mut(target).copy_from_slice(from.row(source));
+        }
+    }
+
+    fn copy_row_within(&self, rows: &mut Rows, from: usize, to: usize) {
+        let row = rows.row(from).to_vec();
+        rows.row_mut(to).copy_from_slice(&row);
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> Result<KvCache, BackendError> {
+        Ok(KvCache::new(shape))
+    }
+
+    fn copy_page(&self, kv: &mut KvCache, from: PageId, to: PageId) -> Result<(), BackendError> {
+        kv.reserve(to)?;
+        kv.copy(from, to);
+        Ok(())
+    }
+
+    fn plan(&self, batch: &Batch, ropes: &[&Rope], kv: &mut KvCache) -> Result<Plan, BackendError> {
+        let mut positions = Vec::with_capacity(batch.tokens.len());
+        let mut places = Vec::with_capacity(batch.tokens.len());
+        for group in &batch.groups {
+            for &page in &group.prefix {
+                kv.reserve(page)?;
+            }
+            for segment in &group.segments {
+                for own in segment.start..segment.start + segment.rows {
+                    let page = segment.pages[own / PAGE_LEN];
+                    kv.reserve(page)?;
+                    places.push((page, own % PAGE_LEN));
+                    positions.push((group.prefix_len + own) as u32);
+                }
+            }
+        }
+        assert_eq!(
+            positions.len(),
+            batch.tokens.len(),
+            "the groups of a batch cover its rows"
+        );
+        let mut angles: Vec<(Rope, Angles)> = Vec::new();
+        for &rope in ropes {
+            if !angles.iter().any(|(known, _)| known == rope) {
+                angles.push((rope.clone(), Angles::new(rope, &positions)));
+            }
+        }
+        let KvShape {
+            heads, kv_heads, ..
+        } = kv.shape();
+        let attention = attention::Plan::new(batch, self.threads(), kv_heads, heads / kv_heads);
+        Ok(Plan {
+            attention,
+            batch: batch.clone(),
+            places,
+            angles,
+        })
+    }
+
+    fn embed(&self, plan: &Plan, table: &Matrix, scale: f32, out: &mut Rows) {
+        for (row, &token) in plan.batch.tokens.iter().enumerate() {
+            let out = out.row_mut(row);
+            table.read_output(self.isa, token as usize, out);
+            if scale != 1.0 {
+                out.iter_mut().for_each(|x| *x *= scale);
+            }
+        }
+    }
+
+    fn norm_matmul(
+        &self,
+        x: &Rows,
+        norm: Norm<Vector>,
+        weight: &Matrix,
+        bias: Option<&Vector>,
+        out: &mut Rows,
+    ) {
+        let inputs = &mut self.scratch().inputs;
+        inputs.fill(&self.team, self.isa, x, None, Some(&norm));
+        matmul(
+            &self.team,
+            self.isa,
+            inputs,
+            weight,
+            bias,
+            Epilogue::Store,
+            out,
+        );
+    }
+
+    fn rope_append(
+        &self,
+        plan: &Plan,
+        attention: &Attention<Vector>,
+        qkv: &mut Rows,
+        kv: &mut KvCache,
+    ) {
+        let KvShape {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = kv.shape();
+        let angles = plan.angles.iter().find(|(rope, _)| rope == attention.rope);
+        let (_, angles) = angles.expect("a batch is planned with the ropes of every layer");
+        let append = Append {
+            layer: attention.layer,
+            heads: Heads {
+                heads,
+                kv_heads,
+                head_dim,
+            },
+            query_norm: attention.query_norm,
+            key_norm: attention.key_norm,
+        };
+        rope::rope_append(&self.team, angles, &append, &plan.places, qkv, kv);
+    }
+
+    fn attention(
+        &self,
+        plan: &Plan,
+        attention: &Attention<Vector>,
+        qkv: &Rows,
+        kv: &KvCache,
+        out: &mut Rows,
+    ) {
+        let KvShape {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = kv.shape();
+        let shape = attention::Shape {
+            layer: attention.layer,
+            heads,
+            kv_heads,
+            head_dim,
+            scale: attention.scale,
+            softcap: attention.softcap,
+            window: attention.window,
+        };
+        attention::attention(
+            &self.team,
+            self.isa,
+            &plan.batch,
+            &plan.attention,
+            shape,
+            qkv,
+            kv,
+            out,
+        );
+    }
+
+    fn matmul_add(
+        &self,
+        x: &Rows,
+        weight: &Matrix,
+        bias: Option<&Vector>,
+        norm: Option<Norm<Vector>>,
+        residual: &mut Rows,
+    ) {
+        let Scratch { inputs, product } = &mut *self.scratch();
+        inputs.fill(&self.team, self.isa, x, None, None);
+        let Some(norm) = norm else {
+            return matmul(
+                &self.team,
+                self.isa,
+                inputs,
+                weight,
+                bias,
+                Epilogue::Add,
+                residual,
+            );
+        };
+        if product.width() != residual.width() {
+            *product = Rows::new(x.rows(), residual.width());
+        }
+        product.resize(x.rows());
+        matmul(
+            &self.team,
+            self.isa,
+            inputs,
+            weight,
+            bias,
+            Epilogue::Store,
+            product,
+        );
+        for row in 0..x.rows() {
+            self.isa.dispatch(NormAdd {
+                x: product.row(row),
+                norm: &norm,
+                residual: residual.row_mut(row),
+            });
+        }
+    }
+
+    fn norm_gated_matmul(
+        &self,
+        x: &Rows,
+        norm: Norm<Vector>,
+        weight: &Matrix,
+        bias: Option<&Vector>,
+        activation: Activation,
+        out: &mut Rows,
+    ) {
+        let inputs = &mut self.scratch().inputs;
+        inputs.fill(&self.team, self.isa, x, None, Some(&norm));
+        matmul(
+            &self.team,
+            self.isa,
+            inputs,
+            weight,
+            bias,
+            Epilogue::Gated(activation),
+            out,
+        );
+    }
+
+    fn lm_head(
+        &self,
+        x: &Rows,
+        rows: &[u32],
+        norm: Norm<Vector>,
+        weight: &Matrix,
+        softcap: Option<f32>,
+        out: &mut Rows,
+    ) {
+        let inputs = &mut self.scratch().inputs;
+        inputs.fill(&self.team, self.isa, x, Some(rows), Some(&norm));
+        let epilogue = softcap.map_or(Epilogue::Store, Epilogue::Softcap);
+        matmul(&self.team, self.isa, inputs, weight, None, epilogue, out);
+    }
+
+    fn sample(&self, logits: &Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>, BackendError> {
+        let drawn = self.map_rows(rows.len(), |i| {
+            sample::sample(logits.row(rows[i].row), &rows[i])
+        });
+        Ok(drawn.into_iter().collect::<Result<_, _>>()?)
+    }
+
+    fn token_logprobs(&self, logits: &Rows, tokens: &[u32]) -> Result<Vec<f32>, BackendError> {
+        Ok(self.map_rows(tokens.len(), |row| {
+            let logits = logits.row(row);
+            logits[tokens[row] as usize] - softmax::statistics(logits).log_sum_exp
+        }))
+    }
+}
+
+/// `residual += norm(x)`, one row.
+struct NormAdd<'a> {
+    x: &'a [f32],
+    norm: &'a Norm<'a, Vector>,
+    residual: &'a mut [f32],
+}
+
+impl Kernel for NormAdd<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: rows are readable to whole vectors.
+        let scale =
+            unsafe { matmul::rms_scale::<S>(self.x.as_ptr(), self.x.len(), self.norm.epsilon) };
+        for ((out, x), weight) in self
+            .residual
+            .iter_mut()
+            .zip(self.x)
+            .zip(self.norm.weight.as_slice())
+        {
+            *out += x * scale * weight;
+        }
+    }
+}

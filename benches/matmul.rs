@@ -1,0 +1,81 @@
+//! The matmul of the CPU backend: one row to a prompt, plain and quantised weights.
+//!
+//! Throughput is bytes of weights for one row, multiply-adds (two operations each) for more: hold
+//! them against the machine's limits that `podium bench` prints.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use podium::backend::cpu::matmul::{Epilogue, Inputs, matmul};
+use podium::backend::cpu::matrix::Matrix;
+use podium::backend::cpu::rows::Rows;
+use podium::backend::cpu::simd::Isa;
+use podium::backend::cpu::team::Team;
+use podium::model::tensor::{Dtype, Tensor};
+use std::borrow::Cow;
+
+/// Valid bits of any format: every scale is a small half, every code anything.
+fn weights(dtype: Dtype, out_features: usize, in_features: usize) -> Tensor<'static> {
+    let len = out_features * dtype.row_bytes(in_features).expect("whole blocks");
+    let mut state = 1u64;
+    let data = (0..len)
+        .map(|i| {
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            // The upper byte of every 16-bit number keeps exponents small.
+            if i % 2 == 1 {
+                0x20
+            } else {
+                (state >> 56) as u8
+            }
+        })
+        .collect();
+    Tensor {
+        dtype,
+        shape: vec![out_features, in_features],
+        data: Cow::Owned(data),
+    }
+}
+
+fn bench(criterion: &mut Criterion) {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let (team, isa) = (Team::new(threads).expect("threads start"), Isa::best());
+    // Larger than the last-level cache, as a model's weights are.
+    let (out_features, in_features) = (32768, 1536);
+    for dtype in [Dtype::BF16, Dtype::Q8_0, Dtype::Q4_1, Dtype::Q6K] {
+        let weight = Matrix::pack(&team, &[weights(dtype, out_features, in_features)]);
+        let mut group = criterion.benchmark_group(format!("matmul/{dtype:?}/{}", isa.name()));
+        group.sample_size(10);
+        for rows in [1, 2, 4, 8, 32, 100, 512] {
+            let mut x = Rows::new(rows, in_features);
+            for row in 0..rows {
+                x.row_mut(row)
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(i, x)| *x = (i % 17) as f32 - 8.0);
+            }
+            let mut out = Rows::new(rows, out_features);
+            let mut inputs = Inputs::default();
+            group.throughput(match rows {
+                1 => Throughput::Bytes(weight.bytes() as u64),
+                _ => Throughput::Elements((2 * rows * out_features * in_features) as u64),
+            });
+            group.bench_function(BenchmarkId::from_parameter(rows), |bencher| {
+                bencher.iter(|| {
+                    inputs.fill(&team, isa, &x, None, None);
+                    matmul(
+                        &team,
+                        isa,
+                        &inputs,
+                        &weight,
+                        None,
+                        Epilogue::Store,
+                        &mut out,
+                    );
+                });
+            });
+        }
+    }
+}
+
+criterion_group!(benches, bench);
+criterion_main!(benches);

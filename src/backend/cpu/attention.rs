@@ -1,0 +1,466 @@
+//! Attention over a shared prefix and each sequence's own tokens.
+//!
+//! A task is one kv head and a run of a group's rows: with grouped heads, `rows × heads / kv_heads`
+//! queries that read the same keys. Keys are taken in blocks of [`BLOCK`]; a block of the prefix is
+//! read from memory once and used for every tile of queries of the task, then each sequence goes on
+//! through its own pages. Scores and weighted values are the matmul's register tile; the softmax is
+//! the online one (Milakov & Gimelshein 2018), its maximum and sum carried along the blocks.
+//!
+//! Blocks are counted from the start of the prefix and of a sequence's own tokens, so what a query
+//! adds up, and in which order, does not depend on the rest of the batch.
+
+use super::kv_cache::KvCache;
+use super::matmul::{tanh, tile};
+use super::rows::{Aligned, Rows, SharedRows};
+use super::simd::{Isa, Kernel, LANES, Simd};
+use super::team::Team;
+use crate::backend::{Batch, PAGE_LEN, PageId};
+use std::cell::RefCell;
+
+/// Keys between two updates of the running maximum.
+const BLOCK: usize = 64;
+/// Queries of a task: their outputs (64 × 4 bytes each, typically) stay in the second-level cache.
+const MAX_QUERIES: usize = 96;
+
+/// What all layers of a batch have in common.
+pub struct Plan {
+    runs: Vec<Run>,
+}
+
+/// Rows of one group that share a task.
+struct Run {
+    group: usize,
+    /// `(segment, first row within it, rows)`; the rows follow each other in the batch.
+    pieces: Vec<(usize, usize, usize)>,
+    first_row: usize,
+    rows: usize,
+}
+
+impl Plan {
+    /// Cuts a batch into runs of rows, for `queries_per_row` queries a kv head and `kv_heads` heads.
+    pub fn new(batch: &Batch, threads: usize, kv_heads: usize, queries_per_row: usize) -> Plan {
+        let per_thread = (batch.tokens.len() * kv_heads).div_ceil(4 * threads);
+        let most = per_thread.clamp(1, (MAX_QUERIES / queries_per_row).max(1));
+        let mut runs: Vec<Run> = Vec::new();
+        let mut row = 0;
+        for (group, sequences) in batch.groups.iter().enumerate() {
+            let mut open = false;
+            for (segment, sequence) in sequences.segments.iter().enumerate() {
+                let mut done = 0;
+                while done < sequence.rows {
+                    match runs.last_mut().filter(|run| open && run.rows < most) {
+                        Some(run) => {
+                            let rows = (sequence.rows - done).min(most - run.rows);
+                            run.pieces.push((segment, done, rows));
+                            run.rows += rows;
+                            done += rows;
+                            row += rows;
+                        }
+                        None => {
+                            runs.push(Run {
+                                group,
+                                pieces: Vec::new(),
+                                first_row: row,
+                                rows: 0,
+                            });
+                            open = true;
+                        }
+                    }
+                }
+            }
+        }
+        Plan { runs }
+    }
+}
+
+/// One layer's attention, in numbers.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub layer: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub scale: f32,
+    pub softcap: Option<f32>,
+    pub window: Option<usize>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Aligned> = RefCell::new(Aligned::zeroed(0));
+}
+
+/// `out[row] = softmax(scale · q kᵀ) v` for every row and head.
+#[allow(clippy::too_many_arguments)]
+pub fn attention(
+    team: &Team,
+    isa: Isa,
+    batch: &Batch,
+    plan: &Plan,
+    shape: Shape,
+    qkv: &Rows,
+    kv: &KvCache,
+    out: &mut Rows,
+) {
+    let out = out.shared();
+    team.run(plan.runs.len() * shape.kv_heads, |task| {
+        // Later rows see more keys: begin with them, so that no thread is left with a long one.
+        let run = &plan.runs[plan.runs.len() - 1 - task / shape.kv_heads];
+        let kv_head = task % shape.kv_heads;
+        SCRATCH.with_borrow_mut(|scratch| {
+            isa.dispatch(Task {
+                batch,
+                run,
+                shape,
+                kv_head,
+                qkv,
+                kv,
+                out,
+                scratch,
+            });
+        });
+    });
+}
+
+struct Task<'a> {
+    batch: &'a Batch,
+    run: &'a Run,
+    shape: Shape,
+    kv_head: usize,
+    qkv: &'a Rows,
+    kv: &'a KvCache,
+    out: SharedRows,
+    scratch: &'a mut Aligned,
+}
+
+/// The running softmax of the task's queries, and room to work in.
+struct State<'a> {
+    /// `[queries][padded head_dim]`, not yet divided by `sum`.
+    values: &'a mut [f32],
+    maximum: &'a mut [f32],
+    sum: &'a mut [f32],
+    /// A tile of queries, `[head_dim][rows of the tile]`, scaled.
+    tile: &'a mut [f32],
+    /// `[rows of the tile][BLOCK]`.
+    scores: &'a mut [f32],
+}
+
+impl Kernel for Task<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Task {
+            batch,
+            run,
+            shape,
+            kv_head,
+            qkv,
+            kv,
+            out,
+            scratch,
+        } = self;
+        let per_row = shape.heads / shape.kv_heads;
+        let padded = shape.head_dim.next_multiple_of(LANES);
+        let queries = run.rows * per_row;
+        let sizes = [
+            queries * padded,
+            queries,
+            queries,
+            shape.head_dim * S::TILE_ROWS,
+            S::TILE_ROWS * BLOCK,
+        ];
+        let needed: usize = sizes.iter().map(|size| size.next_multiple_of(LANES)).sum();
+        if scratch.len() < needed * 4 {
+            *scratch = Aligned::zeroed(needed * 4);
+        }
+        let mut rest = &mut scratch.as_f32_mut()[..needed];
+        let [values, maximum, sum, tile, scores] = sizes.map(|size| {
+            let (part, after) =
+                std::mem::take(&mut rest).split_at_mut(size.next_multiple_of(LANES));
+            rest = after;
+            &mut part[..size]
+        });
+        values.fill(0.0);
+        maximum.fill(f32::NEG_INFINITY);
+        sum.fill(0.0);
+        let mut state = State {
+            values,
+            maximum,
+            sum,
+            tile,
+            scores,
+        };
+
+        let group = &batch.groups[run.group];
+        // Position and batch row of a query of this run.
+        let mut positions = [0usize; MAX_QUERIES];
+        let mut index = 0;
+        for &(segment, first, rows) in &run.pieces {
+            for row in first..first + rows {
+                positions[index] = group.prefix_len + group.segments[segment].start + row;
+                index += 1;
+            }
+        }
+        let query = |index: usize| {
+            let row = qkv.row(run.first_row + index / per_row);
+            &row[(kv_head * per_row + index % per_row) * shape.head_dim..][..shape.head_dim]
+        };
+        let position = |index: usize| positions[index / per_row];
+        let keys = Keys {
+            kv,
+            layer: shape.layer,
+            kv_head,
+        };
+        unsafe {
+            // The shared prefix: every query sees all of it, but for the window.
+            for block in (0..group.prefix_len).step_by(BLOCK) {
+                let end = group.prefix_len.min(block + BLOCK);
+                for first in (0..queries).step_by(S::TILE_ROWS) {
+                    let rows = S::TILE_ROWS.min(queries - first);
+                    let span = |i: usize| {
+                        let low = shape
+                            .window
+                            .map_or(0, |window| (position(first + i) + 1).saturating_sub(window));
+                        (low, group.prefix_len)
+                    };
+                    attend::<S>(
+                        shape,
+                        first,
+                        rows,
+                        query,
+                        span,
+                        keys,
+                        &group.prefix,
+                        block,
+                        end,
+                        &mut state,
+                    );
+                }
+            }
+            // Each sequence's own tokens, up to the query's own.
+            let mut done = 0;
+            for &(segment, _, rows) in &run.pieces {
+                let pages = &group.segments[segment].pages;
+                let (begin, after) = (done * per_row, (done + rows) * per_row);
+                for first in (begin..after).step_by(S::TILE_ROWS) {
+                    let rows = S::TILE_ROWS.min(after - first);
+                    let seen = position(first + rows - 1) + 1 - group.prefix_len;
+                    let span = |i: usize| {
+                        let own = position(first + i) + 1;
+                        let low = shape.window.map_or(0, |window| own.saturating_sub(window));
+                        (low.saturating_sub(group.prefix_len), own - group.prefix_len)
+                    };
+                    for block in (0..seen).step_by(BLOCK) {
+                        let end = seen.min(block + BLOCK);
+                        attend::<S>(
+                            shape, first, rows, query, span, keys, pages, block, end, &mut state,
+                        );
+                    }
+                }
+                done += rows;
+            }
+            for index in 0..queries {
+                let place = out
+                    .row(run.first_row + index / per_row)
+                    .add((kv_head * per_row + index % per_row) * shape.head_dim);
+                let scale = 1.0 / state.sum[index];
+                for (d, value) in state.values[index * padded..][..shape.head_dim]
+                    .iter()
+                    .enumerate()
+                {
+                    *place.add(d) = value * scale;
+                }
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Keys<'a> {
+    kv: &'a KvCache,
+    layer: usize,
+    kv_head: usize,
+}
+
+/// Takes the keys `block..end` of `pages` into the softmax of the queries `first .. first + rows`,
+/// of which query i sees the keys `span(i)`.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+unsafe fn attend<'q, S: Simd>(
+    shape: Shape,
+    first: usize,
+    rows: usize,
+    query: impl Fn(usize) -> &'q [f32],
+    span: impl Fn(usize) -> (usize, usize),
+    keys: Keys,
+    pages: &[PageId],
+    block: usize,
+    end: usize,
+    state: &mut State,
+) {
+    if (0..rows).all(|i| span(i).1 <= block || span(i).0 >= end) {
+        return;
+    }
+    let padded = shape.head_dim.next_multiple_of(LANES);
+    let pages = &pages[block / PAGE_LEN..end.div_ceil(PAGE_LEN)];
+    unsafe {
+        for i in 0..rows {
+            for (d, q) in query(first + i).iter().enumerate() {
+                *state.tile.get_unchecked_mut(d * rows + i) = q * shape.scale;
+            }
+        }
+        let scores = state.scores.as_mut_ptr();
+        let k_pages = |page: usize| {
+            keys.kv
+                .keys(pages[page.min(pages.len() - 1)], keys.layer, keys.kv_head)
+        };
+        for page in (0..pages.len()).step_by(2) {
+            let two = [k_pages(page), k_pages(page + 1)];
+            score_tile::<S>(
+                rows,
+                state.tile.as_ptr(),
+                two,
+                shape.head_dim,
+                scores.add(page * PAGE_LEN),
+            );
+        }
+        for i in 0..rows {
+            let (low, high) = span(i);
+            let (low, high) = (
+                low.clamp(block, end) - block,
+                high.clamp(block, end) - block,
+            );
+            let scores = scores.add(i * BLOCK);
+            let index = first + i;
+            update::<S>(shape, scores, pages.len(), low, high, index, padded, state);
+        }
+        let values = state.values.as_mut_ptr().add(first * padded);
+        for (page, &id) in pages.iter().enumerate() {
+            let count = PAGE_LEN.min(end - block - page * PAGE_LEN);
+            let v = keys.kv.values(id, keys.layer, keys.kv_head);
+            value_tile::<S>(rows, scores.add(page * PAGE_LEN), v, count, values, padded);
+        }
+    }
+}
+
+/// Turns one query's scores into weights, and rescales what it has gathered if its maximum grew.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+unsafe fn update<S: Simd>(
+    shape: Shape,
+    scores: *mut f32,
+    pages: usize,
+    low: usize,
+    high: usize,
+    index: usize,
+    padded: usize,
+    state: &mut State,
+) {
+    unsafe {
+        let mut greatest = S::splat(f32::NEG_INFINITY);
+        for page in 0..pages {
+            let place = scores.add(page * PAGE_LEN);
+            let mut v = S::load(place);
+            if let Some(cap) = shape.softcap {
+                v = S::mul(tanh::<S>(S::mul(v, S::splat(1.0 / cap))), S::splat(cap));
+            }
+            let (from, to) = (
+                low.saturating_sub(page * PAGE_LEN),
+                high.saturating_sub(page * PAGE_LEN),
+            );
+            if from > 0 || to < PAGE_LEN {
+                v = S::keep_lanes(v, from, to, f32::NEG_INFINITY);
+            }
+            S::store(place, v);
+            greatest = S::max(greatest, v);
+        }
+        if low >= high {
+            for page in 0..pages {
+                S::store(scores.add(page * PAGE_LEN), S::splat(0.0));
+            }
+            return;
+        }
+        let before = state.maximum[index];
+        let maximum = before.max(S::greatest(greatest));
+        let mut sum = S::splat(0.0);
+        for page in 0..pages {
+            let place = scores.add(page * PAGE_LEN);
+            let weight = S::exp(S::sub(S::load(place), S::splat(maximum)));
+            S::store(place, weight);
+            sum = S::add(sum, weight);
+        }
+        let mut keep = [0.0f32; LANES];
+        S::store(keep.as_mut_ptr(), S::exp(S::splat(before - maximum)));
+        let keep = keep[0];
+        state.maximum[index] = maximum;
+        state.sum[index] = state.sum[index] * keep + S::sum(sum);
+        if keep != 1.0 {
+            let values = state.values[index * padded..][..padded].as_mut_ptr();
+            for d in (0..padded).step_by(LANES) {
+                S::store(
+                    values.add(d),
+                    S::mul(S::load(values.add(d)), S::splat(keep)),
+                );
+            }
+        }
+    }
+}
+
+/// `scores[row][2 × 16] = tile · keys` for two pages.
+#[inline(always)]
+unsafe fn score_tile<S: Simd>(
+    rows: usize,
+    x: *const f32,
+    k: [*const f32; 2],
+    head_dim: usize,
+    c: *mut f32,
+) {
+    macro_rules! rows {
+        ($($rows:literal)*) => {
+            match rows {
+                $($rows if S::TILE_PANELS == 2 => tile::<S, $rows, 2, 1, $rows>(x, k, head_dim, c, BLOCK, true),)*
+                $($rows => {
+                    tile::<S, $rows, 1, 1, $rows>(x, [k[0]], head_dim, c, BLOCK, true);
+                    tile::<S, $rows, 1, 1, $rows>(x, [k[1]], head_dim, c.add(PAGE_LEN), BLOCK, true);
+                })*
+                _ => unreachable!("tiles have at most twelve rows"),
+            }
+        };
+    }
+    unsafe { rows!(1 2 3 4 5 6 7 8 9 10 11 12) }
+}
+
+/// `values[row] += weights[row] · v` for the first `count` tokens of a page.
+#[inline(always)]
+unsafe fn value_tile<S: Simd>(
+    rows: usize,
+    weights: *const f32,
+    v: *const f32,
+    count: usize,
+    values: *mut f32,
+    padded: usize,
+) {
+    const PANEL: usize = PAGE_LEN * LANES;
+    macro_rules! rows {
+        ($($rows:literal)*) => {
+            match rows {
+                $($rows => {
+                    let panels = padded / LANES;
+                    let mut panel = 0;
+                    if S::TILE_PANELS == 2 {
+                        while panel + 2 <= panels {
+                            let two = [v.add(panel * PANEL), v.add((panel + 1) * PANEL)];
+                            tile::<S, $rows, 2, BLOCK, 1>(weights, two, count, values.add(panel * LANES), padded, false);
+                            panel += 2;
+                        }
+                    }
+                    while panel < panels {
+                        tile::<S, $rows, 1, BLOCK, 1>(weights, [v.add(panel * PANEL)], count, values.add(panel * LANES), padded, false);
+                        panel += 1;
+                    }
+                })*
+                _ => unreachable!("tiles have at most twelve rows"),
+            }
+        };
+    }
+    unsafe { rows!(1 2 3 4 5 6 7 8 9 10 11 12) }
+}

@@ -1,0 +1,312 @@
+//! Sixteen lanes of float32, the unit in which every CPU kernel is written.
+//!
+//! A kernel is a type with a generic body ([`Kernel::run`]); [`Isa::dispatch`] compiles the body once
+//! for each instruction set and picks one at run time. Lanes are always sixteen, so a kernel reads
+//! the same on AVX-512 (one register), AVX2 (two) and everywhere else (an array that the compiler
+//! maps to whatever the target has; on aarch64 that is NEON, which is part of its baseline).
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use portable::Portable;
+
+/// Lanes of a vector; also the columns of a weight panel and the keys of a KV page.
+pub const LANES: usize = 16;
+
+/// Sixteen lanes of float32 (`V`) and of 32-bit integers (`I`).
+///
+/// # Safety
+/// Methods may execute instructions of the set that the implementor stands for: call them only from
+/// a [`Kernel`] that [`Isa::dispatch`] runs. Pointers need no alignment and must cover sixteen
+/// elements.
+pub unsafe trait Simd: Copy + Send + Sync + 'static {
+    type V: Copy;
+    type I: Copy;
+
+    /// Rows and panels of the register tile: `TILE_ROWS × TILE_PANELS` accumulators, as many as the
+    /// registers hold beside one weight vector a panel and one broadcast.
+    const TILE_ROWS: usize;
+    const TILE_PANELS: usize;
+
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    unsafe fn load_bf16(p: *const u16) -> Self::V;
+    unsafe fn load_f16(p: *const u16) -> Self::V;
+    unsafe fn load_i8(p: *const i8) -> Self::V;
+    unsafe fn load_u8(p: *const u8) -> Self::V;
+
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// `a · b + c`, rounded once where the instruction set can.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even.
+    unsafe fn round(a: Self::V) -> Self::V;
+    /// `2^n` of integer-valued n in -126..=127.
+    unsafe fn exp2_integer(n: Self::V) -> Self::V;
+
+    unsafe fn load_u32(p: *const u32) -> Self::I;
+    unsafe fn shift_right(a: Self::I, bits: u32) -> Self::I;
+    unsafe fn shift_left(a: Self::I, bits: u32) -> Self::I;
+    unsafe fn and(a: Self::I, mask: u32) -> Self::I;
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    /// Exact for values below 2^24.
+    unsafe fn to_f32(a: Self::I) -> Self::V;
+
+    /// The low four bits of each lane, as float32.
+    #[inline(always)]
+    unsafe fn nibble(a: Self::I) -> Self::V {
+        unsafe { Self::to_f32(Self::and(a, 15)) }
+    }
+
+    /// Adds the lanes in a fixed tree: lane i with i + 8, then 4, 2, 1 apart.
+    #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        unsafe { Self::store(lanes.as_mut_ptr(), v) };
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+
+    #[inline(always)]
+    unsafe fn greatest(v: Self::V) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        unsafe { Self::store(lanes.as_mut_ptr(), v) };
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    /// eˣ to about one unit in the last place; 0 below -87.3, so that masked scores (-∞) vanish;
+    /// arguments above 88 are treated as 88.
+    #[inline(always)]
+    unsafe fn exp(x: Self::V) -> Self::V {
+        // x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ by a polynomial of degree 7 (Cephes' expf).
+        unsafe {
+            let x = Self::max(x, Self::splat(-87.4));
+            let x = Self::sub(
+                Self::splat(0.0),
+                Self::max(Self::sub(Self::splat(0.0), x), Self::splat(-88.0)),
+            );
+            let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
+            let r = Self::fma(n, Self::splat(-0.693_359_4), x);
+            let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
+            let mut p = Self::splat(1.987_569_1e-4);
+            for c in [
+                1.398_199_9e-3,
+                8.333_452e-3,
+                4.166_579_6e-2,
+                1.666_666_5e-1,
+                5.000_000_1e-1,
+            ] {
+                p = Self::fma(p, r, Self::splat(c));
+            }
+            let p = Self::fma(Self::mul(r, r), p, Self::add(r, Self::splat(1.0)));
+            // Below e^-87.34 the result is subnormal or zero: n = -126 is the last whole power.
+            let alive = Self::max(n, Self::splat(-126.0));
+            let y = Self::mul(p, Self::exp2_integer(alive));
+            Self::zero_below(x, -87.35, y)
+        }
+    }
+
+    /// `y` where `x ≥ bound`, else 0.
+    unsafe fn zero_below(x: Self::V, bound: f32, y: Self::V) -> Self::V;
+
+    /// `y` in the lanes `low..high`, else `other`.
+    #[inline(always)]
+    unsafe fn keep_lanes(y: Self::V, low: usize, high: usize, other: f32) -> Self::V {
+        let mut lanes = [0.0f32; LANES];
+        unsafe {
+            Self::store(lanes.as_mut_ptr(), y);
+            for (i, lane) in lanes.iter_mut().enumerate() {
+                if i < low || i >= high {
+                    *lane = other;
+                }
+            }
+            Self::load(lanes.as_ptr())
+        }
+    }
+}
+
+/// A computation written once over [`Simd`].
+pub trait Kernel {
+    type Output;
+    /// # Safety
+    /// The processor must have the instructions of `S`. Implementations are `#[inline(always)]`, and
+    /// so is what they call, for the body must be compiled with the features of its caller.
+    unsafe fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// The instruction set that kernels run with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Isa {
+    /// All that this processor can run, best first.
+    pub fn available() -> Vec<Isa> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+            {
+                found.push(Isa::Avx512);
+            }
+            if avx2 {
+                found.push(Isa::Avx2);
+            }
+        }
+        found.push(Isa::Portable);
+        found
+    }
+
+    /// The best that this processor can run.
+    pub fn best() -> Isa {
+        Isa::available()[0]
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => "avx2",
+            Isa::Portable if cfg!(target_arch = "aarch64") => "neon",
+            Isa::Portable => "portable",
+        }
+    }
+
+    /// Rows of the register tile of this instruction set.
+    pub fn tile_rows(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => x86::Avx512::TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::Avx2::TILE_ROWS,
+            Isa::Portable => Portable::TILE_ROWS,
+        }
+    }
+
+    /// Runs a kernel, compiled for this instruction set.
+    #[inline]
+    pub fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: an `Isa` other than `Portable` is only made by `available`, which has asked the
+        // processor for every feature that the function below enables.
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { x86::run_avx512(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { x86::run_avx2(kernel) },
+            Isa::Portable => unsafe { kernel.run::<Portable>() },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Exp<'a>(&'a mut [f32]);
+    impl Kernel for Exp<'_> {
+        type Output = ();
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) {
+            for chunk in self.0.chunks_exact_mut(LANES) {
+                unsafe { S::store(chunk.as_mut_ptr(), S::exp(S::load(chunk.as_ptr()))) };
+            }
+        }
+    }
+
+    #[test]
+    fn exp_agrees_with_float64_on_every_instruction_set() {
+        for isa in Isa::available() {
+            let x: Vec<f32> = (0..16 * 4096)
+                .map(|i| -87.3 + i as f32 * (175.0 / 65536.0))
+                .collect();
+            let mut y = x.clone();
+            isa.dispatch(Exp(&mut y));
+            for (&x, &y) in x.iter().zip(&y) {
+                let exact = f64::from(x).exp();
+                // Two units in the last place: the argument reduction and the polynomial each give
+                // less than one.
+                assert!(
+                    ((f64::from(y) - exact) / exact).abs() < 2.4e-7,
+                    "{}: exp({x}) = {y}",
+                    isa.name()
+                );
+            }
+            let mut edge = [f32::NEG_INFINITY; LANES];
+            edge[1] = -1000.0;
+            edge[2] = 0.0;
+            edge[3] = 1000.0;
+            isa.dispatch(Exp(&mut edge));
+            assert_eq!(edge[..3], [0.0, 0.0, 1.0], "{}", isa.name());
+            assert!(edge[3].is_finite() && edge[3] > 1e38);
+        }
+    }
+
+    struct Loads<'a>(&'a [u16; LANES], &'a [i8; LANES], &'a [u32; LANES]);
+    impl Kernel for Loads<'_> {
+        type Output = [[f32; LANES]; 6];
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) -> Self::Output {
+            let mut out = [[0.0; LANES]; 6];
+            unsafe {
+                S::store(out[0].as_mut_ptr(), S::load_bf16(self.0.as_ptr()));
+                S::store(out[1].as_mut_ptr(), S::load_f16(self.0.as_ptr()));
+                S::store(out[2].as_mut_ptr(), S::load_i8(self.1.as_ptr()));
+                S::store(out[3].as_mut_ptr(), S::load_u8(self.1.as_ptr().cast()));
+                let words = S::load_u32(self.2.as_ptr());
+                S::store(out[4].as_mut_ptr(), S::nibble(S::shift_right(words, 12)));
+                let mixed = S::or(
+                    S::and(words, 3),
+                    S::shift_left(S::and(S::shift_right(words, 9), 1), 2),
+                );
+                S::store(out[5].as_mut_ptr(), S::to_f32(mixed));
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn widening_loads_are_exact_on_every_instruction_set() {
+        let halves: [u16; LANES] =
+            std::array::from_fn(|i| 0x3b17u16.wrapping_mul(i as u16 + 1) & 0xbbff);
+        let bytes: [i8; LANES] =
+            std::array::from_fn(|i| (i as i8).wrapping_mul(37).wrapping_sub(100));
+        let words: [u32; LANES] =
+            std::array::from_fn(|i| 0x9e37_79b9u32.wrapping_mul(i as u32 + 1));
+        for isa in Isa::available() {
+            let [bf16, f16, i8s, u8s, nibbles, mixed] =
+                isa.dispatch(Loads(&halves, &bytes, &words));
+            for i in 0..LANES {
+                assert_eq!(bf16[i], half::bf16::from_bits(halves[i]).to_f32());
+                assert_eq!(f16[i], half::f16::from_bits(halves[i]).to_f32());
+                assert_eq!(i8s[i], f32::from(bytes[i]));
+                assert_eq!(u8s[i], f32::from(bytes[i] as u8));
+                assert_eq!(nibbles[i], (words[i] >> 12 & 15) as f32);
+                assert_eq!(mixed[i], (words[i] & 3 | (words[i] >> 9 & 1) << 2) as f32);
+            }
+        }
+    }
+}

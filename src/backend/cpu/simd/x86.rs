@@ -1,0 +1,343 @@
+//! Sixteen lanes on x86-64: one AVX-512 register, or two AVX2 registers.
+
+use super::{Kernel, LANES, Simd};
+use std::arch::x86_64::*;
+
+/// # Safety
+/// The processor must have the enabled features.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+pub unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    unsafe { kernel.run::<Avx512>() }
+}
+
+/// # Safety
+/// The processor must have the enabled features.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+    unsafe { kernel.run::<Avx2>() }
+}
+
+#[derive(Clone, Copy)]
+pub struct Avx512;
+
+// SAFETY: AVX-512 F, BW, VL, DQ and F16C instructions only, which `run_avx512` enables.
+unsafe impl Simd for Avx512 {
+    type V = __m512;
+    type I = __m512i;
+    // 24 accumulators, 2 weights; the broadcast is a memory operand of the multiply-add.
+    const TILE_ROWS: usize = 12;
+    const TILE_PANELS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m512) {
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn round(a: __m512) -> __m512 {
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    unsafe fn exp2_integer(n: __m512) -> __m512 {
+        unsafe {
+            let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u32(p: *const u32) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn shift_right(a: __m512i, bits: u32) -> __m512i {
+        unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(bits as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn shift_left(a: __m512i, bits: u32) -> __m512i {
+        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn and(a: __m512i, mask: u32) -> __m512i {
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi32(mask as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn to_f32(a: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    unsafe fn nibble(a: __m512i) -> __m512 {
+        // A look-up reads the low four bits of each lane only: mask and conversion in one.
+        unsafe {
+            let table = _mm512_setr_ps(
+                0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
+            );
+            _mm512_permutexvar_ps(a, table)
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(v: __m512) -> f32 {
+        unsafe {
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            sum8(eight)
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: __m512, bound: f32, y: __m512) -> __m512 {
+        unsafe {
+            _mm512_maskz_mov_ps(
+                _mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_set1_ps(bound)),
+                y,
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn keep_lanes(y: __m512, low: usize, high: usize, other: f32) -> __m512 {
+        let mask = ((1u32 << high.min(LANES)) - 1) & !((1u32 << low.min(LANES)) - 1);
+        unsafe { _mm512_mask_mov_ps(_mm512_set1_ps(other), mask as u16, y) }
+    }
+}
+
+#[inline(always)]
+unsafe fn sum8(eight: __m256) -> f32 {
+    unsafe {
+        let four = _mm_add_ps(
+            _mm256_castps256_ps128(eight),
+            _mm256_extractf128_ps::<1>(eight),
+        );
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+}
+
+#[derive(Clone, Copy)]
+pub struct Avx2;
+
+#[derive(Clone, Copy)]
+pub struct Pair<T>(T, T);
+
+macro_rules! both {
+    ($f:ident, $a:expr) => {
+        Pair($f($a.0), $f($a.1))
+    };
+    ($f:ident, $a:expr, $b:expr) => {
+        Pair($f($a.0, $b.0), $f($a.1, $b.1))
+    };
+}
+
+// SAFETY: AVX2, FMA and F16C instructions only, which `run_avx2` enables.
+unsafe impl Simd for Avx2 {
+    type V = Pair<__m256>;
+    type I = Pair<__m256i>;
+    // 6 rows × 2 registers = 12 accumulators, 2 weights, 1 broadcast, of 16.
+    const TILE_ROWS: usize = 6;
+    const TILE_PANELS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        let v = unsafe { _mm256_set1_ps(x) };
+        Pair(v, v)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::V {
+        unsafe { Pair(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::V) {
+        unsafe {
+            _mm256_storeu_ps(p, v.0);
+            _mm256_storeu_ps(p.add(8), v.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self::V {
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
+            Pair(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self::V {
+        unsafe {
+            Pair(
+                _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::V {
+        unsafe {
+            let bytes = _mm_loadu_si128(p.cast());
+            let low = _mm256_cvtepi8_epi32(bytes);
+            let high = _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes));
+            Pair(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self::V {
+        unsafe {
+            let bytes = _mm_loadu_si128(p.cast());
+            let low = _mm256_cvtepu8_epi32(bytes);
+            let high = _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes));
+            Pair(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { both!(_mm256_add_ps, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { both!(_mm256_sub_ps, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { both!(_mm256_mul_ps, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { both!(_mm256_div_ps, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { both!(_mm256_max_ps, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        unsafe {
+            Pair(
+                _mm256_fmadd_ps(a.0, b.0, c.0),
+                _mm256_fmadd_ps(a.1, b.1, c.1),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn round(a: Self::V) -> Self::V {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        unsafe {
+            Pair(
+                _mm256_round_ps::<NEAREST>(a.0),
+                _mm256_round_ps::<NEAREST>(a.1),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn exp2_integer(n: Self::V) -> Self::V {
+        unsafe {
+            let bias = _mm256_set1_epi32(127);
+            let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n.0), bias));
+            let high = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n.1), bias));
+            Pair(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u32(p: *const u32) -> Self::I {
+        unsafe {
+            Pair(
+                _mm256_loadu_si256(p.cast()),
+                _mm256_loadu_si256(p.add(8).cast()),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn shift_right(a: Self::I, bits: u32) -> Self::I {
+        unsafe {
+            let bits = _mm_cvtsi32_si128(bits as i32);
+            Pair(_mm256_srl_epi32(a.0, bits), _mm256_srl_epi32(a.1, bits))
+        }
+    }
+    #[inline(always)]
+    unsafe fn shift_left(a: Self::I, bits: u32) -> Self::I {
+        unsafe {
+            let bits = _mm_cvtsi32_si128(bits as i32);
+            Pair(_mm256_sll_epi32(a.0, bits), _mm256_sll_epi32(a.1, bits))
+        }
+    }
+    #[inline(always)]
+    unsafe fn and(a: Self::I, mask: u32) -> Self::I {
+        unsafe {
+            let mask = _mm256_set1_epi32(mask as i32);
+            Pair(_mm256_and_si256(a.0, mask), _mm256_and_si256(a.1, mask))
+        }
+    }
+    #[inline(always)]
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I {
+        unsafe { both!(_mm256_or_si256, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn to_f32(a: Self::I) -> Self::V {
+        unsafe { both!(_mm256_cvtepi32_ps, a) }
+    }
+    #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        unsafe { sum8(_mm256_add_ps(v.0, v.1)) }
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: Self::V, bound: f32, y: Self::V) -> Self::V {
+        unsafe {
+            let bound = _mm256_set1_ps(bound);
+            Pair(
+                _mm256_and_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x.0, bound), y.0),
+                _mm256_and_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x.1, bound), y.1),
+            )
+        }
+    }
+}

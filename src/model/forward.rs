@@ -1,0 +1,311 @@
+//! The forward pass, written once for every device.
+//!
+//! A model is its weights ([`Model`]) and what one batch leaves behind ([`State`]): the residual
+//! stream, the states after the layers that were asked for, the logits. [`Model::forward`] runs the
+//! layers; [`Model::logits`] is apart, for scoring with a ranker needs neither it nor the layers
+//! above the ranker's.
+
+use super::config::ModelConfig;
+use super::error::ModelError;
+use super::files::ModelFiles;
+use super::tensor::{Tensor, check_finite};
+use crate::backend::{Attention, Backend, BackendError, Batch, KvShape, Norm, PageId};
+use crate::model::config::Rope;
+
+/// A decoder-only transformer of the Llama family, its weights on a device.
+pub struct Model<B: Backend> {
+    pub backend: B,
+    pub config: ModelConfig,
+    /// For people.
+    pub name: String,
+    /// Tells whether a ranker belongs to this model.
+    pub fingerprint: String,
+    embedding: B::Matrix,
+    layers: Vec<Layer<B>>,
+    final_norm: B::Vector,
+    /// `None`: the embedding, transposed (`tie_word_embeddings`).
+    lm_head: Option<B::Matrix>,
+}
+
+struct Layer<B: Backend> {
+    input_norm: B::Vector,
+    /// Query, key and value projections.
+    qkv: B::Matrix,
+    qkv_bias: Option<B::Vector>,
+    query_norm: Option<B::Vector>,
+    key_norm: Option<B::Vector>,
+    output: B::Matrix,
+    output_bias: Option<B::Vector>,
+    /// Norm of the attention's output before it is added (Gemma family).
+    post_attention_norm: Option<B::Vector>,
+    feed_forward_norm: B::Vector,
+    gate_up: B::Matrix,
+    gate_up_bias: Option<B::Vector>,
+    down: B::Matrix,
+    down_bias: Option<B::Vector>,
+    /// Norm of the feed-forward's output before it is added (Gemma family).
+    post_feed_forward_norm: Option<B::Vector>,
+}
+
+/// The KV cache, and what the last batch computed.
+pub struct State<B: Backend> {
+    kv: B::KvCache,
+    /// The residual stream, `[rows, hidden_size]`.
+    residual: B::Rows,
+    qkv: B::Rows,
+    attended: B::Rows,
+    gated: B::Rows,
+    logits: B::Rows,
+    /// The residual stream after each captured layer.
+    captured: Vec<(usize, B::Rows)>,
+}
+
+/// Why a model could not be brought onto a device.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+/// How far a batch goes, and what is kept on the way.
+#[derive(Clone, Copy, Debug)]
+pub struct Depth<'a> {
+    /// Layers to run, counted from the bottom.
+    pub layers: usize,
+    /// Keep the residual stream after these layers (1: after the first), for all rows.
+    pub capture: &'a [usize],
+}
+
+impl<B: Backend> Model<B> {
+    /// Loads weights onto a device. `progress` is told the bytes of each tensor as it is done.
+    ///
+    /// # Errors
+    /// Where a tensor holds numbers that are not finite, or the device has no memory for it.
+    pub fn load(
+        backend: B,
+        files: &ModelFiles,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Model<B>, LoadError> {
+        let config = files.config().clone();
+        let mut loader = Loader { backend: &backend, files, config: &config, progress };
+        let embedding = loader.matrix(&["model.embed_tokens.weight"])?;
+        let layers = (0..config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
+        let final_norm = loader.norm("model.norm.weight")?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(loader.matrix(&["lm_head.weight"])?),
+        };
+        let (name, fingerprint) = (files.name().to_string(), files.fingerprint());
+        Ok(Model { backend, config, name, fingerprint, embedding, layers, final_norm, lm_head })
+    }
+
+    /// An empty KV cache and room for activations.
+    pub fn state(&self) -> Result<State<B>, BackendError> {
+        let ModelConfig { hidden_size, intermediate_size, heads, kv_heads, head_dim, .. } = self.config;
+        let rows = |width| self.backend.rows(0, width);
+        Ok(State {
+            kv: self.backend.kv_cache(KvShape { layers: self.config.layers, heads, kv_heads, head_dim })?,
+            residual: rows(hidden_size)?,
+            qkv: rows((heads + 2 * kv_heads) * head_dim)?,
+            attended: rows(heads * head_dim)?,
+            gated: rows(intermediate_size)?,
+            logits: rows(self.config.vocab_size)?,
+            captured: Vec::new(),
+        })
+    }
+
+    /// Runs a batch through the layers. Keys and values are appended to the cache; the residual
+    /// stream and the captured states stay in `state` until the next batch.
+    ///
+    /// Tokens must be below `vocab_size`, positions below `max_position_embeddings`, pages as
+    /// [`Batch`] says: the engine's duty, which knows whom to tell.
+    pub fn forward(&self, state: &mut State<B>, batch: &Batch, depth: Depth) -> Result<(), BackendError> {
+        let (backend, config) = (&self.backend, &self.config);
+        let State { kv, residual, qkv, attended, gated, captured, .. } = state;
+        let rows = batch.tokens.len();
+        for activations in [&mut *residual, &mut *qkv, &mut *attended, &mut *gated] {
+            backend.resize(activations, rows)?;
+        }
+        let ropes: Vec<&Rope> = config.attention[..depth.layers].iter().map(|a| &a.rope).collect();
+        let plan = backend.plan(batch, &ropes, kv)?;
+        let mut kept = Vec::with_capacity(depth.capture.len());
+        for &layer in depth.capture {
+            // The buffer of an earlier batch, if there is one.
+            let mut rows_of_layer = match captured.pop() {
+                Some((_, rows)) => rows,
+                None => backend.rows(rows, config.hidden_size)?,
+            };
+            backend.resize(&mut rows_of_layer, rows)?;
+            kept.push((layer, rows_of_layer));
+        }
+        *captured = kept;
+        let norm = |weight| Norm { weight, epsilon: config.rms_norm_eps };
+        let every_row: Vec<(usize, usize)> = (0..rows).map(|row| (row, row)).collect();
+
+        backend.embed(&plan, &self.embedding, config.embedding_scale, residual);
+        for (index, layer) in self.layers[..depth.layers].iter().enumerate() {
+            let attention = Attention {
+                layer: index,
+                scale: config.attention_scale,
+                softcap: config.attention_softcap,
+                window: config.attention[index].window,
+                rope: &config.attention[index].rope,
+                query_norm: layer.query_norm.as_ref().map(norm),
+                key_norm: layer.key_norm.as_ref().map(norm),
+            };
+            backend.norm_matmul(residual, norm(&layer.input_norm), &layer.qkv, layer.qkv_bias.as_ref(), qkv);
+            backend.rope_append(&plan, &attention, qkv, kv);
+            backend.attention(&plan, &attention, qkv, kv, attended);
+            let post = layer.post_attention_norm.as_ref().map(norm);
+            backend.matmul_add(attended, &layer.output, layer.output_bias.as_ref(), post, residual);
+
+            let (bias, activation) = (layer.gate_up_bias.as_ref(), config.activation);
+            let before = norm(&layer.feed_forward_norm);
+            backend.norm_gated_matmul(residual, before, &layer.gate_up, bias, activation, gated);
+            let post = layer.post_feed_forward_norm.as_ref().map(norm);
+            backend.matmul_add(gated, &layer.down, layer.down_bias.as_ref(), post, residual);
+
+            for (_, rows) in captured.iter_mut().filter(|(layer, _)| *layer == index + 1) {
+                backend.copy_rows(residual, &every_row, rows);
+            }
+        }
+        Ok(())
+    }
+
+    /// Logits `[rows.len(), vocab_size]` of rows of the last batch, which must have gone through all
+    /// layers.
+    pub fn logits<'s>(&self, state: &'s mut State<B>, rows: &[u32]) -> Result<&'s B::Rows, BackendError> {
+        let State { residual, logits, .. } = state;
+        self.backend.resize(logits, rows.len())?;
+        let norm = Norm { weight: &self.final_norm, epsilon: self.config.rms_norm_eps };
+        let weight = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        self.backend.lm_head(residual, rows, norm, weight, self.config.logit_softcap, logits);
+        Ok(logits)
+    }
+
+    /// Bytes of the weights that a decode step reads.
+    pub fn weight_bytes(&self) -> usize {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.output, &l.gate_up, &l.down]);
+        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        layers.chain([head]).map(|matrix| self.backend.matrix_bytes(matrix)).sum()
+    }
+
+    /// Multiply-adds of a token's matmuls, the LM head included.
+    pub fn multiply_adds(&self) -> usize {
+        let c = &self.config;
+        let attention = c.hidden_size * (2 * c.heads + 2 * c.kv_heads) * c.head_dim;
+        c.layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
+    }
+}
+
+impl<B: Backend> State<B> {
+    /// Makes page `to` a copy of page `from`, in every layer.
+    pub fn copy_page(&mut self, backend: &B, from: PageId, to: PageId) -> Result<(), BackendError> {
+        backend.copy_page(&mut self.kv, from, to)
+    }
+
+    /// The residual stream after a captured layer, `[rows, hidden_size]`.
+    ///
+    /// # Panics
+    /// If the last batch did not capture that layer.
+    pub fn captured(&self, layer: usize) -> &B::Rows {
+        let found = self.captured.iter().find(|(captured, _)| *captured == layer);
+        &found.expect("the layer was captured").1
+    }
+}
+
+/// Fetches tensors by name, checks and uploads them.
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    files: &'a ModelFiles,
+    config: &'a ModelConfig,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl<'a, B: Backend> Loader<'a, B> {
+    fn layer(&mut self, layer: usize) -> Result<Layer<B>, LoadError> {
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let attention = |part: &str| name(&format!("self_attn.{part}"));
+        let feed_forward = |part: &str| name(&format!("mlp.{part}"));
+        let qkv = ["q_proj", "k_proj", "v_proj"];
+        // The Gemma family has norms before and after each half; there `post_attention_layernorm` is
+        // what its name says, elsewhere the norm before the feed-forward.
+        let sandwich = self.files.optional_tensor(&name("pre_feedforward_layernorm.weight"))?.is_some();
+        let before_feed_forward = if sandwich { "pre_feedforward" } else { "post_attention" };
+        Ok(Layer {
+            input_norm: self.norm(&name("input_layernorm.weight"))?,
+            qkv: self.matrix(&qkv.map(|part| attention(&format!("{part}.weight"))))?,
+            qkv_bias: self.bias(&qkv.map(|part| attention(&format!("{part}.bias"))))?,
+            query_norm: self.optional_norm(&attention("q_norm.weight"))?,
+            key_norm: self.optional_norm(&attention("k_norm.weight"))?,
+            output: self.matrix(&[attention("o_proj.weight")])?,
+            output_bias: self.bias(&[attention("o_proj.bias")])?,
+            post_attention_norm: match sandwich {
+                true => Some(self.norm(&name("post_attention_layernorm.weight"))?),
+                false => None,
+            },
+            feed_forward_norm: self.norm(&name(&format!("{before_feed_forward}_layernorm.weight")))?,
+            gate_up: {
+                let gate = self.checked(&feed_forward("gate_proj.weight"))?;
+                let up = self.checked(&feed_forward("up_proj.weight"))?;
+                let matrix = self.backend.gated_matrix(&gate, &up)?;
+                (self.progress)((gate.data.len() + up.data.len()) as u64);
+                matrix
+            },
+            gate_up_bias: self.bias(&[feed_forward("gate_proj.bias"), feed_forward("up_proj.bias")])?,
+            down: self.matrix(&[feed_forward("down_proj.weight")])?,
+            down_bias: self.bias(&[feed_forward("down_proj.bias")])?,
+            post_feed_forward_norm: match sandwich {
+                true => Some(self.norm(&name("post_feedforward_layernorm.weight"))?),
+                false => None,
+            },
+        })
+    }
+
+    fn checked(&self, name: &str) -> Result<Tensor<'a>, ModelError> {
+        let tensor = self.files.tensor(name)?;
+        check_finite(name, &tensor)?;
+        Ok(tensor)
+    }
+
+    fn matrix(&mut self, names: &[impl AsRef<str>]) -> Result<B::Matrix, LoadError> {
+        let parts = names.iter().map(|name| self.checked(name.as_ref())).collect::<Result<Vec<_>, _>>()?;
+        let matrix = self.backend.matrix(&parts)?;
+        (self.progress)(parts.iter().map(|part| part.data.len() as u64).sum());
+        Ok(matrix)
+    }
+
+    fn norm(&self, name: &str) -> Result<B::Vector, LoadError> {
+        let mut weight = self.checked(name)?.to_f32();
+        if self.config.norm_weight_plus_one {
+            weight.iter_mut().for_each(|w| *w += 1.0);
+        }
+        Ok(self.backend.vector(&weight)?)
+    }
+
+    fn optional_norm(&self, name: &str) -> Result<Option<B::Vector>, LoadError> {
+        self.files.optional_tensor(name)?.map(|_| self.norm(name)).transpose()
+    }
+
+    /// The biases of a matrix's parts, side by side; zeros where only some parts have one.
+    fn bias(&self, names: &[impl AsRef<str>]) -> Result<Option<B::Vector>, LoadError> {
+        let mut values = Vec::new();
+        let mut any = false;
+        for name in names {
+            let name = name.as_ref();
+            match self.files.optional_tensor(name)? {
+                Some(_) => {
+                    any = true;
+                    values.extend(self.checked(name)?.to_f32());
+                }
+                None => {
+                    let weight = self.files.tensor(&name.replace(".bias", ".weight"))?;
+                    values.resize(values.len() + weight.rows(), 0.0);
+                }
+            }
+        }
+        if any { Ok(Some(self.backend.vector(&values)?)) } else { Ok(None) }
+    }
+}
