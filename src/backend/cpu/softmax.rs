@@ -16,7 +16,7 @@ const LANES: usize = 32;
 /// Vector instructions that the bodies below are compiled for.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Simd {
+enum Width {
     Baseline,
     Avx2,
     Avx512,
@@ -24,20 +24,20 @@ enum Simd {
 
 /// The widest that the CPU has.
 #[cfg(target_arch = "x86_64")]
-fn simd() -> Simd {
-    let simd = if is_x86_feature_detected!("avx512f") {
-        Simd::Avx512
+fn widest() -> Width {
+    let width = if is_x86_feature_detected!("avx512f") {
+        Width::Avx512
     } else if is_x86_feature_detected!("avx2") {
-        Simd::Avx2
+        Width::Avx2
     } else {
-        Simd::Baseline
+        Width::Baseline
     };
     #[cfg(test)]
-    let simd = simd.min(tests::WIDEST.get());
-    simd
+    let width = width.min(tests::WIDEST.get());
+    width
 }
 
-/// Defines a function once and compiles it for each of [`Simd`], chosen at run time.
+/// Defines a function once and compiles it for each of [`Width`], chosen at run time.
 macro_rules! vectorised {
     ($(#[$attribute:meta])* $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$attribute])*
@@ -55,12 +55,12 @@ macro_rules! vectorised {
                 fn avx512($($argument: $type),*) $(-> $result)? {
                     body($($argument),*)
                 }
-                match simd() {
-                    // SAFETY: `simd` has found that the CPU has AVX-512F.
-                    Simd::Avx512 => return unsafe { avx512($($argument),*) },
-                    // SAFETY: `simd` has found that the CPU has AVX2.
-                    Simd::Avx2 => return unsafe { avx2($($argument),*) },
-                    Simd::Baseline => {}
+                match widest() {
+                    // SAFETY: `widest` has found that the CPU has AVX-512F.
+                    Width::Avx512 => return unsafe { avx512($($argument),*) },
+                    // SAFETY: `widest` has found that the CPU has AVX2.
+                    Width::Avx2 => return unsafe { avx2($($argument),*) },
+                    Width::Baseline => {}
                 }
             }
             body($($argument),*)
@@ -278,7 +278,7 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     thread_local! {
         /// Lets a test run narrower vectors than the CPU has.
-        pub(super) static WIDEST: std::cell::Cell<Simd> = const { std::cell::Cell::new(Simd::Avx512) };
+        pub(super) static WIDEST: std::cell::Cell<Width> = const { std::cell::Cell::new(Width::Avx512) };
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -286,7 +286,7 @@ mod tests {
     fn every_width_of_vectors_gives_the_same_bits() {
         for len in [1, 100, 1024, 5003] {
             let logits: Vec<f32> = (0..len).map(|i| uniform(5, 0, i) * 30.0).collect();
-            let results = [Simd::Baseline, Simd::Avx2, Simd::Avx512].map(|widest| {
+            let results = [Width::Baseline, Width::Avx2, Width::Avx512].map(|widest| {
                 WIDEST.set(widest);
                 let statistics = statistics(&logits);
                 let (max, sum) = max_and_sum(&logits);
