@@ -4,7 +4,7 @@
 //! 0.5M parameters reads the hidden state of each candidate's last token about 60 % of the way up
 //! the layers, and picks the best one (*Language Ranker*, arXiv 2510.21883).
 //!
-//! The modules depend on each other downward in this order: [`cli`] → [`engine`] → [`ranker`],
+//! The modules depend on each other downward in this order: [`cli`] → [`engine`], [`tasks`] → [`ranker`],
 //! [`model`] → [`backend`]. `docs/ARCHITECTURE.md` is the map.
 
 pub mod backend;
@@ -12,3 +12,4 @@ pub mod cli;
 pub mod engine;
 pub mod model;
 pub mod ranker;
+pub mod tasks;

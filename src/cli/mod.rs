@@ -1,6 +1,64 @@
 //! Commands: parse, call the library, print.
+//!
+//! Results go to standard output, progress and messages to standard error. The exit status is 0, 1
+//! (failed) or 2 (the command itself makes no sense).
 
-/// Runs the command line and returns its exit status: 0, 1 (failed) or 2 (usage).
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+mod batch;
+mod bench;
+mod devices;
+mod error;
+mod features;
+mod generate;
+mod interrupt;
+mod live;
+mod options;
+mod output;
+mod progress;
+mod report;
+mod score;
+mod session;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use options::GlobalOptions;
+
+/// Best-of-N decoding at hardware speed: one model writes N candidates, a small ranker picks the best.
+#[derive(Parser)]
+#[command(name = "podium", version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    global: GlobalOptions,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Generate(generate::GenerateOptions),
+    Score(score::ScoreOptions),
+    Features(features::FeaturesOptions),
+    Bench(bench::BenchOptions),
+    Devices(devices::DevicesOptions),
+}
+
+/// Runs the command line and returns its exit status.
+pub fn main() -> ExitCode {
+    let Cli { global, command } = Cli::parse();
+    let result = match &command {
+        Command::Generate(options) => generate::run(&global, options),
+        Command::Score(options) => score::run(&global, options),
+        Command::Features(options) => features::run(&global, options),
+        Command::Bench(options) => bench::run(&global, options),
+        Command::Devices(options) => devices::run(&global, options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("podium: {error}");
+            ExitCode::from(error.exit_status())
+        }
+    }
 }

@@ -7,7 +7,7 @@
 
 use super::generate::{Run, Writing};
 use super::sequence::Sequence;
-use super::stop::{FinishReason, StopConditions};
+use super::stop::StopConditions;
 use super::{Engine, EngineError, Event, GenerateRequest, Generated, Observer, Timings};
 use crate::backend::Backend;
 use crate::backend::sampling::{SampleRow, Sampled, SamplingParams};
@@ -40,9 +40,18 @@ impl<B: Backend> Engine<B> {
         observer: &mut Observer,
     ) -> Result<Generated, EngineError> {
         let features = self.features(request, request.n)?;
-        let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let sampling = SamplingParams {
+            temperature: 0.0,
+            ..SamplingParams::default()
+        };
         let prefix = Sequence::default();
-        let mut run = Run { writing: Vec::new(), features, prefix, conditions, sampling };
+        let mut run = Run {
+            writing: Vec::new(),
+            features,
+            prefix,
+            conditions,
+            sampling,
+        };
         let mut ended = Vec::new();
         let timings = self.beams(request, &mut run, &mut ended, observer);
         // Only the finished answers remain; live beams gave their pages back.
@@ -67,7 +76,10 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Timings, EngineError> {
         let mut timings = Timings::default();
         let layers = run.features.layers.clone();
-        let depth = Depth { layers: self.config().layers, capture: &layers };
+        let depth = Depth {
+            layers: self.config().layers,
+            capture: &layers,
+        };
         let prompt = &request.prompt_token_ids;
         let started = Instant::now();
         let prefilled = self.prefill(prompt, depth, &mut run.prefix, observer)?;
@@ -87,19 +99,28 @@ impl<B: Backend> Engine<B> {
             let offers = self.offers(request, run, &logits_rows)?;
             tokens += run.writing.len();
             self.advance(request.n, run, ended, offers)?;
-            let step = Event::Step { tokens, running: run.writing.len() };
+            let step = Event::Step {
+                tokens,
+                running: run.writing.len(),
+            };
             let interrupted = observer(step).is_break();
             if interrupted || run.writing.is_empty() || settled(request.n, run, ended) {
                 if ended.is_empty() {
                     let cut_off = run.writing.drain(..);
-                    ended.extend(cut_off.map(|writing| Ended { mean: mean(&writing, 0), writing }));
+                    ended.extend(cut_off.map(|writing| Ended {
+                        mean: mean(&writing, 0),
+                        writing,
+                    }));
                 }
                 break;
             }
             let beams: Vec<usize> = (0..run.writing.len()).collect();
             let batch = self.next_batch(run, &beams, &prefix_pages)?;
             // Features come from a pass of their own in the end, for beams change places.
-            let depth = Depth { layers: self.config().layers, capture: &[] };
+            let depth = Depth {
+                layers: self.config().layers,
+                capture: &[],
+            };
             self.model.forward(&mut self.state, &batch, depth)?;
             logits_rows = (0..beams.len() as u32).collect();
         }
@@ -132,9 +153,18 @@ impl<B: Backend> Engine<B> {
         let sampled = self.model.backend.sample(logits, &rows)?;
         let mut offers = Vec::new();
         for (beam, sampled) in sampled.into_iter().enumerate() {
-            let before: f64 = run.writing[beam].sampled.iter().map(|s| f64::from(s.logprob)).sum();
+            let before: f64 = run.writing[beam]
+                .sampled
+                .iter()
+                .map(|s| f64::from(s.logprob))
+                .sum();
             for (token, logprob) in sampled.top_logprobs {
-                offers.push(Offer { beam, token, logprob, sum: before + f64::from(logprob) });
+                offers.push(Offer {
+                    beam,
+                    token,
+                    logprob,
+                    sum: before + f64::from(logprob),
+                });
             }
         }
         // Stable: among equals the earlier beam, the more probable token.
@@ -157,27 +187,26 @@ impl<B: Backend> Engine<B> {
                 break;
             }
             let mut beam = self.fork(&before[offer.beam])?;
-            let piece = beam.detokenizer.push(offer.token);
-            let reason = beam.stop.push(&run.conditions, offer.token, piece);
-            if reason != Some(FinishReason::Stop) {
-                beam.token_ids.push(offer.token);
-                let (token, logprob) = (offer.token, offer.logprob);
-                beam.sampled.push(Sampled { token, logprob, self_certainty: 0.0, top_logprobs: Vec::new() });
-            }
-            let Some(_) = reason else {
+            let sampled = Sampled {
+                token: offer.token,
+                logprob: offer.logprob,
+                self_certainty: 0.0,
+                top_logprobs: Vec::new(),
+            };
+            if beam.push(&run.conditions, sampled).is_none() {
                 run.writing.push(beam);
                 continue;
-            };
+            }
             // An end token too far down the list is not an answer yet.
             if rank >= n {
                 beam.sequence.release(&mut self.pages);
                 continue;
             }
             let mean = offer.sum / (before[offer.beam].token_ids.len() + 1) as f64;
-            beam.stop.close(&run.conditions, beam.detokenizer.finish());
-            beam.token_ids.truncate(beam.stop.kept_tokens());
-            beam.sampled.truncate(beam.stop.kept_tokens());
-            ended.push(Ended { writing: beam, mean });
+            ended.push(Ended {
+                writing: beam,
+                mean,
+            });
             ended.sort_by(|a, b| b.mean.total_cmp(&a.mean));
             for mut worst in ended.drain(n.min(ended.len())..) {
                 worst.writing.sequence.release(&mut self.pages);
@@ -205,7 +234,11 @@ impl<B: Backend> Engine<B> {
     }
 
     /// The states of all answers' last tokens.
-    fn beam_features(&mut self, run: &mut Run<B>, timings: Timings) -> Result<Timings, EngineError> {
+    fn beam_features(
+        &mut self,
+        run: &mut Run<B>,
+        timings: Timings,
+    ) -> Result<Timings, EngineError> {
         let started = Instant::now();
         for (candidate, beam) in run.writing.iter().enumerate() {
             match beam.stop.kept_tokens() {
@@ -215,7 +248,10 @@ impl<B: Backend> Engine<B> {
         }
         let prefix_pages = run.prefix.page_ids();
         self.fetch_missing(run, &prefix_pages)?;
-        Ok(Timings { features_s: started.elapsed().as_secs_f64(), ..timings })
+        Ok(Timings {
+            features_s: started.elapsed().as_secs_f64(),
+            ..timings
+        })
     }
 }
 
@@ -227,6 +263,9 @@ fn mean(beam: &Writing, more: usize) -> f64 {
 
 /// Whether no beam can be expected to end better than what is set aside.
 fn settled<B: Backend>(n: usize, run: &Run<B>, ended: &[Ended]) -> bool {
-    let worst = ended.iter().map(|ended| ended.mean).fold(f64::INFINITY, f64::min);
+    let worst = ended
+        .iter()
+        .map(|ended| ended.mean)
+        .fold(f64::INFINITY, f64::min);
     ended.len() >= n && run.writing.iter().all(|beam| mean(beam, 0) <= worst)
 }

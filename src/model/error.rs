@@ -125,9 +125,7 @@ pub enum ModelError {
     #[error("{model:?} is neither a file, nor a folder, nor a hub id (owner/name)")]
     BadModelName { model: String },
 
-    #[error(
-        "cannot fetch {model} from the hub: {problem}; without a network, name a local folder or a .gguf file"
-    )]
+    #[error("cannot fetch {model} from the hub: {problem}")]
     Hub { model: String, problem: String },
 
     #[error(

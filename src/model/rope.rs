@@ -120,3 +120,43 @@ pub(crate) fn rope(theta: f64, head_dim: usize, scaling: &RopeScaling) -> Rope {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // The golden of `hugging_face::config` holds every scaling against transformers; here is what
+    // the formulas promise.
+
+    #[test]
+    fn frequencies_fall_from_one_towards_one_over_theta() {
+        let rope = rope(10_000.0, 64, &RopeScaling::None);
+        assert_eq!(rope.frequencies.len(), 32);
+        assert_eq!(rope.frequencies[0], 1.0);
+        assert!(rope.frequencies.is_sorted_by(|a, b| a > b));
+        assert!(rope.frequencies[31] > 1e-4);
+    }
+
+    #[test]
+    fn llama3_leaves_short_wavelengths_and_stretches_long_ones() {
+        let plain = rope(500_000.0, 128, &RopeScaling::None);
+        let scaled = rope(
+            500_000.0,
+            128,
+            &RopeScaling::Llama3 {
+                factor: 8.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_context: 8192.0,
+            },
+        );
+        for (plain, scaled) in plain.frequencies.iter().zip(&scaled.frequencies) {
+            let rotations = 8192.0 * plain / std::f32::consts::TAU;
+            match rotations {
+                4.1.. => assert_eq!(scaled, plain),
+                ..0.9 => assert_eq!(*scaled, plain / 8.0),
+                _ => assert!(plain / 8.0 <= *scaled && scaled <= plain),
+            }
+        }
+    }
+}

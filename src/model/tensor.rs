@@ -170,7 +170,7 @@ const SCAN_NUMBERS: usize = 2048;
 /// is NaN.
 fn first_not_finite(dtype: Dtype, data: &[u8]) -> Option<(usize, bool)> {
     match dtype {
-        Dtype::F32 => first_beyond::<4>(data, 0x7f80_0000, |b| u32::from_le_bytes(b)),
+        Dtype::F32 => first_beyond::<4>(data, 0x7f80_0000, u32::from_le_bytes),
         Dtype::F16 => first_beyond::<2>(data, 0x7c00, |b| u16::from_le_bytes(b).into()),
         Dtype::BF16 => first_beyond::<2>(data, 0x7f80, |b| u16::from_le_bytes(b).into()),
         _ => data

@@ -10,10 +10,11 @@
 //! adds up, and in which order, does not depend on the rest of the batch.
 
 use super::kv_cache::KvCache;
-use super::matmul::{tanh, tile};
+use super::matmul::tanh;
 use super::rows::{Aligned, Rows, SharedRows};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
+use super::tile::{RegisterTile, interleaved_tile};
 use crate::backend::{Batch, PAGE_LEN, PageId};
 use std::cell::RefCell;
 
@@ -315,12 +316,15 @@ unsafe fn attend<'q, S: Simd>(
         };
         for page in (0..pages.len()).step_by(2) {
             let two = [k_pages(page), k_pages(page + 1)];
-            score_tile::<S>(
+            let place = scores.add(page * PAGE_LEN);
+            interleaved_tile::<S>(
                 rows,
                 state.tile.as_ptr(),
                 two,
                 shape.head_dim,
-                scores.add(page * PAGE_LEN),
+                place,
+                BLOCK,
+                true,
             );
         }
         for i in 0..rows {
@@ -405,30 +409,6 @@ unsafe fn update<S: Simd>(
     }
 }
 
-/// `scores[row][2 × 16] = tile · keys` for two pages.
-#[inline(always)]
-unsafe fn score_tile<S: Simd>(
-    rows: usize,
-    x: *const f32,
-    k: [*const f32; 2],
-    head_dim: usize,
-    c: *mut f32,
-) {
-    macro_rules! rows {
-        ($($rows:literal)*) => {
-            match rows {
-                $($rows if S::TILE_PANELS == 2 => tile::<S, $rows, 2, 1, $rows>(x, k, head_dim, c, BLOCK, true),)*
-                $($rows => {
-                    tile::<S, $rows, 1, 1, $rows>(x, [k[0]], head_dim, c, BLOCK, true);
-                    tile::<S, $rows, 1, 1, $rows>(x, [k[1]], head_dim, c.add(PAGE_LEN), BLOCK, true);
-                })*
-                _ => unreachable!("tiles have at most twelve rows"),
-            }
-        };
-    }
-    unsafe { rows!(1 2 3 4 5 6 7 8 9 10 11 12) }
-}
-
 /// `values[row] += weights[row] · v` for the first `count` tokens of a page.
 #[inline(always)]
 unsafe fn value_tile<S: Simd>(
@@ -441,26 +421,30 @@ unsafe fn value_tile<S: Simd>(
 ) {
     const PANEL: usize = PAGE_LEN * LANES;
     macro_rules! rows {
-        ($($rows:literal)*) => {
+        ($panels:literal, $w:expr, $c:expr => $($rows:literal)*) => {
             match rows {
-                $($rows => {
-                    let panels = padded / LANES;
-                    let mut panel = 0;
-                    if S::TILE_PANELS == 2 {
-                        while panel + 2 <= panels {
-                            let two = [v.add(panel * PANEL), v.add((panel + 1) * PANEL)];
-                            tile::<S, $rows, 2, BLOCK, 1>(weights, two, count, values.add(panel * LANES), padded, false);
-                            panel += 2;
-                        }
-                    }
-                    while panel < panels {
-                        tile::<S, $rows, 1, BLOCK, 1>(weights, [v.add(panel * PANEL)], count, values.add(panel * LANES), padded, false);
-                        panel += 1;
-                    }
+                $($rows if const { $rows <= S::TILE_ROWS && $panels <= S::TILE_PANELS } => {
+                    let (w, c) = ($w, $c);
+                    S::call(RegisterTile::<$rows, $panels, BLOCK, 1> {
+                        x: weights, w, inputs: count, c, c_stride: padded, first: false,
+                    })
                 })*
-                _ => unreachable!("tiles have at most twelve rows"),
+                _ => unreachable!("tiles are at most as tall as the register tile"),
             }
         };
     }
-    unsafe { rows!(1 2 3 4 5 6 7 8 9 10 11 12) }
+    unsafe {
+        let panels = padded / LANES;
+        let mut panel = 0;
+        while S::TILE_PANELS == 2 && panel + 2 <= panels {
+            let w = v.add(panel * PANEL);
+            rows!(2, [w, w.add(PANEL)], values.add(panel * LANES) => 1 2 3 4 5 6 7 8 9 10 11 12);
+            panel += 2;
+        }
+        while panel < panels {
+            let w = v.add(panel * PANEL);
+            rows!(1, [w], values.add(panel * LANES) => 1 2 3 4 5 6 7 8 9 10 11 12);
+            panel += 1;
+        }
+    }
 }

@@ -14,8 +14,11 @@ use super::matrix::{Format, Matrix, Panel, UNIT, widen, with_format};
 use super::rows::{Aligned, Rows, SharedRows, Vector};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
+use super::tile::interleaved_tile;
 use crate::backend::Norm;
 use crate::model::config::Activation;
+use crate::model::tensor::Dtype;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 /// Inputs widened at a time: 2 panels × 128 × 16 float32 = 16 KiB, half of a first-level cache.
@@ -100,7 +103,6 @@ impl Inputs {
         // A few tiles a task: a tile of narrow rows is too little to hand over.
         let chunk = count.div_ceil(4 * team.threads()).max(1);
         team.run(count.div_ceil(chunk), |task| {
-            let data = data;
             for tile in &tiles[task * chunk..count.min((task + 1) * chunk)] {
                 // SAFETY: tiles are disjoint, and lie within `rows × padded` numbers.
                 let out = unsafe { data.at(tile.first_row * padded) };
@@ -289,14 +291,14 @@ impl Task<'_> {
             let same = read.iter().all(|(dtype, _)| *dtype == read[0].0);
             // SAFETY: packed panels of `width` inputs; x has as many, in whole units.
             unsafe {
-                if same && pairs.len() * 2 > GEMV_PANELS / 2 {
-                    let panels = read.map(|(_, panel)| panel);
-                    with_format!(read[0].0, gemv_side_by_side, S => (panels, x, width, &mut sums));
+                if same {
+                    gemv::<S>(read[0].0, read.map(|(_, panel)| panel), x, width, &mut sums);
                 } else {
-                    for (&(dtype, panel), sums) in read.iter().zip(&mut sums).take(2 * pairs.len())
-                    {
-                        let sums = std::array::from_mut(sums);
-                        with_format!(dtype, gemv_single, S => ([panel], x, width, sums));
+                    // Two parts of different formats meet here: one panel at a time.
+                    for (index, &(dtype, panel)) in read.iter().enumerate() {
+                        let mut copies = [[0.0f32; LANES]; GEMV_PANELS];
+                        gemv::<S>(dtype, [panel; GEMV_PANELS], x, width, &mut copies);
+                        sums[index] = copies[0];
                     }
                 }
                 for (&pair, sums) in pairs.iter().zip(sums.chunks(2)) {
@@ -328,8 +330,8 @@ impl Task<'_> {
                 // SAFETY: `wide` has room for 2 × RUN vectors, `sums` for two vectors of each row of
                 // the block, and each is written before it is read: sums where `run` is 0.
                 unsafe {
-                    with_format!(first.0, widen, S => (first.1, run, inputs, wide));
-                    with_format!(second.0, widen, S => (second.1, run, inputs, wide.add(RUN * LANES)));
+                    widen::<S>(first, run, inputs, wide);
+                    widen::<S>(second, run, inputs, wide.add(RUN * LANES));
                     for tile in now {
                         let x = self.inputs.tile(*tile).add(run * tile.rows);
                         let c = sums.add((tile.first_row - base) * 2 * LANES);
@@ -430,50 +432,51 @@ unsafe fn activate<S: Simd>(activation: Activation, x: S::V) -> S::V {
     }
 }
 
+/// One row times [`GEMV_PANELS`] panels of the same format, widened in registers.
+struct Gemv<'a, F> {
+    panels: [*const u8; GEMV_PANELS],
+    x: *const f32,
+    width: usize,
+    sums: &'a mut [[f32; LANES]; GEMV_PANELS],
+    format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for Gemv<'_, F> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        unsafe {
+            let mut acc = [S::splat(0.0); GEMV_PANELS];
+            for block in 0..self.width.div_ceil(F::BLOCK_INPUTS) {
+                for unit in 0..F::BLOCK_INPUTS / UNIT {
+                    let x = self.x.add(block * F::BLOCK_INPUTS + unit * UNIT);
+                    for (panel, acc) in self.panels.iter().zip(&mut acc) {
+                        let weights = F::unit::<S>(panel.add(block * F::BLOCK_BYTES), unit);
+                        for (i, weight) in weights.into_iter().enumerate() {
+                            *acc = S::fma(S::splat(*x.add(i)), weight, *acc);
+                        }
+                    }
+                }
+            }
+            for (sums, acc) in self.sums.iter_mut().zip(acc) {
+                S::store(sums.as_mut_ptr(), acc);
+            }
+        }
+    }
+}
+
+/// [`Gemv`], the format chosen at run time.
 #[inline(always)]
-unsafe fn gemv_side_by_side<S: Simd, F: Format>(
+unsafe fn gemv<S: Simd>(
+    dtype: Dtype,
     panels: [*const u8; GEMV_PANELS],
     x: *const f32,
     width: usize,
     sums: &mut [[f32; LANES]; GEMV_PANELS],
 ) {
-    unsafe { gemv::<S, F, GEMV_PANELS>(panels, x, width, sums) }
-}
-
-#[inline(always)]
-unsafe fn gemv_single<S: Simd, F: Format>(
-    panels: [*const u8; 1],
-    x: *const f32,
-    width: usize,
-    sums: &mut [[f32; LANES]; 1],
-) {
-    unsafe { gemv::<S, F, 1>(panels, x, width, sums) }
-}
-
-/// One row times `P` panels of the same format, widened in registers.
-#[inline(always)]
-unsafe fn gemv<S: Simd, F: Format, const P: usize>(
-    panels: [*const u8; P],
-    x: *const f32,
-    width: usize,
-    sums: &mut [[f32; LANES]; P],
-) {
+    // SAFETY: passed on.
     unsafe {
-        let mut acc = [S::splat(0.0); P];
-        for block in 0..width.div_ceil(F::BLOCK_INPUTS) {
-            for unit in 0..F::BLOCK_INPUTS / UNIT {
-                let x = x.add(block * F::BLOCK_INPUTS + unit * UNIT);
-                for p in 0..P {
-                    let weights = F::unit::<S>(panels[p].add(block * F::BLOCK_BYTES), unit);
-                    for (i, weight) in weights.into_iter().enumerate() {
-                        acc[p] = S::fma(S::splat(*x.add(i)), weight, acc[p]);
-                    }
-                }
-            }
-        }
-        for p in 0..P {
-            S::store(sums[p].as_mut_ptr(), acc[p]);
-        }
+        with_format!(dtype, F => S::call(Gemv::<F> { panels, x, width, sums, format: PhantomData }))
     }
 }
 
@@ -487,66 +490,328 @@ unsafe fn multiply_tile<S: Simd>(
     c: *mut f32,
     first: bool,
 ) {
-    macro_rules! rows {
-        ($($rows:literal)*) => {
-            match rows {
-                $($rows if S::TILE_PANELS == 2 => {
-                    tile::<S, $rows, 2, 1, $rows>(x, [wide, wide.add(RUN * LANES)], inputs, c, 2 * LANES, first)
-                })*
-                $($rows => {
-                    tile::<S, $rows, 1, 1, $rows>(x, [wide], inputs, c, 2 * LANES, first);
-                    tile::<S, $rows, 1, 1, $rows>(x, [wide.add(RUN * LANES)], inputs, c.add(LANES), 2 * LANES, first)
-                })*
-                _ => unreachable!("tiles have at most twelve rows"),
-            }
-        };
-    }
-    unsafe { rows!(1 2 3 4 5 6 7 8 9 10 11 12) }
+    let second = wide.wrapping_add(RUN * LANES);
+    unsafe { interleaved_tile::<S>(rows, x, [wide, second], inputs, c, 2 * LANES, first) }
 }
 
-/// The register tile: `c[r][p] (+)= Σ_k x[r·XR + k·XK] · w[p][k]`, `R` rows by `P` vectors.
-///
-/// # Safety
-/// As [`Simd`]; `x`, `w[p]` (`[inputs][16]`) and `c` (`R` rows, `c_stride` apart) must cover that.
-#[inline(always)]
-pub(super) unsafe fn tile<
-    S: Simd,
-    const R: usize,
-    const P: usize,
-    const XR: usize,
-    const XK: usize,
->(
-    x: *const f32,
-    w: [*const f32; P],
-    inputs: usize,
-    c: *mut f32,
-    c_stride: usize,
-    first: bool,
-) {
-    unsafe {
-        let mut acc = [[S::splat(0.0); P]; R];
-        if !first {
-            for r in 0..R {
-                for p in 0..P {
-                    acc[r][p] = S::load(c.add(r * c_stride + p * LANES));
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::tensor::Tensor;
+    use std::borrow::Cow;
+
+    const DTYPES: [Dtype; 11] = [
+        Dtype::F32,
+        Dtype::F16,
+        Dtype::BF16,
+        Dtype::Q8_0,
+        Dtype::Q4_0,
+        Dtype::Q4_1,
+        Dtype::Q5_0,
+        Dtype::Q5_1,
+        Dtype::Q4K,
+        Dtype::Q5K,
+        Dtype::Q6K,
+    ];
+
+    /// Numbers in -1..1 from a seed.
+    fn random(seed: u64, len: usize) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        std::iter::repeat_with(next).take(len).collect()
+    }
+
+    /// Random stored bits; 16-bit numbers (scales among them) are made small by their upper byte.
+    fn stored(dtype: Dtype, seed: u64, rows: usize, columns: usize) -> Tensor<'static> {
+        let values = random(seed, rows * columns);
+        let data: Vec<u8> = match dtype {
+            Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Dtype::F16 => values
+                .iter()
+                .flat_map(|v| half::f16::from_f32(*v).to_le_bytes())
+                .collect(),
+            Dtype::BF16 => values
+                .iter()
+                .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+                .collect(),
+            _ => {
+                let len = rows * dtype.row_bytes(columns).unwrap();
+                let mut data: Vec<u8> = random(seed, len)
+                    .iter()
+                    .map(|v| (v * 128.0) as i32 as u8)
+                    .collect();
+                let scale = half::f16::from_f32(0.013).to_le_bytes();
+                for block in data.chunks_mut(dtype.block_bytes()) {
+                    let at = if dtype == Dtype::Q6K {
+                        block.len() - 2
+                    } else {
+                        0
+                    };
+                    block[at..at + 2].copy_from_slice(&scale);
+                    if matches!(dtype, Dtype::Q4_1 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K) {
+                        block[2..4].copy_from_slice(&half::f16::from_f32(0.07).to_le_bytes());
+                    }
+                }
+                data
+            }
+        };
+        Tensor {
+            dtype,
+            shape: vec![rows, columns],
+            data: Cow::Owned(data),
+        }
+    }
+
+    fn filled(rows: usize, width: usize, seed: u64) -> Rows {
+        let mut x = Rows::new(rows, width);
+        for row in 0..rows {
+            x.row_mut(row)
+                .copy_from_slice(&random(seed + row as u64, width));
+        }
+        x
+    }
+
+    /// `x · weightᵀ` in float64, and the sum of magnitudes that rounding errors are relative to.
+    fn reference(x: &[f32], weight: &Tensor) -> Vec<(f64, f64)> {
+        let values = weight.to_f32();
+        let row = |w: &[f32]| {
+            let products = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+            products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()))
+        };
+        values.chunks(x.len()).map(row).collect()
+    }
+
+    /// A chain of n additions, each rounded, errs by at most n half-units of the running sum, which
+    /// is at most the sum of magnitudes.
+    fn assert_close(got: f32, (exact, size): (f64, f64), inputs: usize, what: &str) {
+        let bound = size * (inputs as f64 + 4.0) * f64::from(f32::EPSILON) / 2.0 + 1e-30;
+        assert!(
+            (f64::from(got) - exact).abs() <= bound,
+            "{what}: {got}, exactly {exact}"
+        );
+    }
+
+    #[test]
+    fn every_format_and_shape_agrees_with_float64_and_rows_do_not_see_each_other() {
+        for isa in Isa::available() {
+            for dtype in DTYPES {
+                let block = dtype.block_len();
+                for (out_features, blocks) in [(16, 1), (50, 3), (33, 2)] {
+                    let in_features = if block == 1 {
+                        40 * blocks + 3
+                    } else {
+                        block * blocks
+                    };
+                    let team = Team::new(2).unwrap();
+                    let stored = stored(dtype, 7, out_features, in_features);
+                    let weight = Matrix::pack(&team, std::slice::from_ref(&stored));
+                    let x = filled(29, in_features, 3);
+                    let mut inputs = Inputs::default();
+                    let mut alone = Rows::new(1, out_features);
+                    for rows in [2, 7, 13, 29] {
+                        let chosen: Vec<u32> = (0..rows).collect();
+                        let mut out = Rows::new(rows as usize, out_features);
+                        inputs.fill(&team, isa, &x, Some(&chosen), None);
+                        matmul(
+                            &team,
+                            isa,
+                            &inputs,
+                            &weight,
+                            None,
+                            Epilogue::Store,
+                            &mut out,
+                        );
+                        for row in 0..rows as usize {
+                            inputs.fill(&team, isa, &x, Some(&[row as u32]), None);
+                            matmul(
+                                &team,
+                                isa,
+                                &inputs,
+                                &weight,
+                                None,
+                                Epilogue::Store,
+                                &mut alone,
+                            );
+                            assert_eq!(
+                                out.row(row),
+                                alone.row(0),
+                                "{dtype:?}, row {row} of {rows}"
+                            );
+                        }
+                    }
+                    for row in 0..29 {
+                        inputs.fill(&team, isa, &x, Some(&[row]), None);
+                        matmul(
+                            &team,
+                            isa,
+                            &inputs,
+                            &weight,
+                            None,
+                            Epilogue::Store,
+                            &mut alone,
+                        );
+                        let exact = reference(x.row(row as usize), &stored);
+                        for (got, exact) in alone.row(0).iter().zip(exact) {
+                            assert_close(
+                                *got,
+                                exact,
+                                in_features,
+                                &format!("{dtype:?} {}", isa.name()),
+                            );
+                        }
+                    }
                 }
             }
         }
-        for k in 0..inputs {
-            let mut weights = [S::splat(0.0); P];
-            for p in 0..P {
-                weights[p] = S::load(w[p].add(k * LANES));
-            }
-            for r in 0..R {
-                let x = S::splat(*x.add(r * XR + k * XK));
-                for p in 0..P {
-                    acc[r][p] = S::fma(x, weights[p], acc[r][p]);
+    }
+
+    #[test]
+    fn more_rows_than_a_block_and_more_inputs_than_a_run() {
+        for isa in Isa::available() {
+            let team = Team::new(3).unwrap();
+            let stored = stored(Dtype::BF16, 5, 40, 2 * RUN + 17);
+            let weight = Matrix::pack(&team, std::slice::from_ref(&stored));
+            let rows = ROW_BLOCK + 31;
+            let x = filled(rows, stored.columns(), 11);
+            let (mut inputs, mut out) = (Inputs::default(), Rows::new(rows, 40));
+            inputs.fill(&team, isa, &x, None, None);
+            matmul(
+                &team,
+                isa,
+                &inputs,
+                &weight,
+                None,
+                Epilogue::Store,
+                &mut out,
+            );
+            for row in 0..rows {
+                for (got, exact) in out.row(row).iter().zip(reference(x.row(row), &stored)) {
+                    assert_close(*got, exact, stored.columns(), isa.name());
                 }
             }
         }
-        for r in 0..R {
-            for p in 0..P {
-                S::store(c.add(r * c_stride + p * LANES), acc[r][p]);
+    }
+
+    #[test]
+    fn norm_bias_and_epilogues_agree_with_float64() {
+        let (width, outputs) = (72, 38);
+        for isa in Isa::available() {
+            let team = Team::new(1).unwrap();
+            let (gate, up) = (
+                stored(Dtype::F32, 1, outputs, width),
+                stored(Dtype::F16, 2, outputs, width),
+            );
+            let bias_values = random(9, 2 * outputs);
+            let (bias, norm_weight) = (Vector::new(&bias_values), Vector::new(&random(8, width)));
+            let norm = Norm {
+                weight: &norm_weight,
+                epsilon: 1e-5,
+            };
+            let x = filled(3, width, 21);
+            let mut inputs = Inputs::default();
+            inputs.fill(&team, isa, &x, None, Some(&norm));
+            let before = random(77, outputs);
+            let gated = Matrix::pack_gated(&team, &gate, &up);
+            let plain = Matrix::pack(&team, &[gate.clone(), up.clone()]);
+            for row in 0..3 {
+                let x: Vec<f64> = x.row(row).iter().map(|x| f64::from(*x)).collect();
+                let scale = (x.iter().map(|x| x * x).sum::<f64>() / width as f64 + 1e-5).sqrt();
+                let normed = x
+                    .iter()
+                    .zip(norm_weight.as_slice())
+                    .map(|(x, w)| x / scale * f64::from(*w));
+                let normed: Vec<f64> = normed.collect();
+                let product = |weight: &Tensor, output: usize, bias: usize| -> f64 {
+                    let row = &weight.to_f32()[output * width..][..width];
+                    let dot: f64 = row
+                        .iter()
+                        .zip(&normed)
+                        .map(|(w, x)| f64::from(*w) * x)
+                        .sum();
+                    dot + f64::from(bias_values[bias])
+                };
+                let check = |got: &Rows, at: usize, exact: f64, what: &str| {
+                    // The norm's scale, the products and the activation each round: 1e-5 of numbers of
+                    // size one is ten times what they add up to.
+                    let error = (f64::from(got.row(row)[at]) - exact).abs();
+                    assert!(
+                        error < 1e-5 * exact.abs().max(1.0),
+                        "{what} {}: off by {error}",
+                        isa.name()
+                    );
+                };
+                let mut out = Rows::new(3, 2 * outputs);
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &plain,
+                    Some(&bias),
+                    Epilogue::Store,
+                    &mut out,
+                );
+                let mut capped = Rows::new(3, 2 * outputs);
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &plain,
+                    Some(&bias),
+                    Epilogue::Softcap(3.0),
+                    &mut capped,
+                );
+                let mut added = Rows::new(3, 2 * outputs);
+                for row in 0..3 {
+                    added.row_mut(row)[..outputs].copy_from_slice(&before);
+                }
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &plain,
+                    Some(&bias),
+                    Epilogue::Add,
+                    &mut added,
+                );
+                let mut silu = Rows::new(3, outputs);
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &gated,
+                    Some(&bias),
+                    Epilogue::Gated(Activation::Silu),
+                    &mut silu,
+                );
+                let mut gelu = Rows::new(3, outputs);
+                let tanh_form = Epilogue::Gated(Activation::GeluTanh);
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &gated,
+                    Some(&bias),
+                    tanh_form,
+                    &mut gelu,
+                );
+                for output in 0..outputs {
+                    let (g, u) = (
+                        product(&gate, output, output),
+                        product(&up, output, outputs + output),
+                    );
+                    check(&out, output, g, "store");
+                    check(&out, outputs + output, u, "store");
+                    check(&capped, output, 3.0 * (g / 3.0).tanh(), "softcap");
+                    check(&added, output, g + f64::from(before[output]), "add");
+                    check(&silu, output, g / (1.0 + (-g).exp()) * u, "silu");
+                    let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
+                    check(&gelu, output, 0.5 * g * (1.0 + inner.tanh()) * u, "gelu");
+                }
             }
         }
     }

@@ -20,26 +20,24 @@ use super::rows::Aligned;
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
 use crate::model::tensor::{Dtype, Tensor};
+use std::marker::PhantomData;
 
-/// Calls a function generic over the format of a panel.
+/// Evaluates an expression with a type alias for the format of a dtype.
 macro_rules! with_format {
-    ($dtype:expr, $function:ident, $($generic:ty),* => ($($argument:expr),*)) => {
+    ($dtype:expr, $format:ident => $body:expr) => {
+        with_format!(@arms $dtype, $format => $body;
+            F32 F32, F16 F16, BF16 BF16, Q8_0 Q8, Q4_0 Q4Symmetric, Q4_1 Q4Minimum,
+            Q5_0 Q5Symmetric, Q5_1 Q5Minimum, Q4K Q4K, Q5K Q5K, Q6K Q6K)
+    };
+    (@arms $dtype:expr, $format:ident => $body:expr; $($variant:ident $name:ident),*) => {
         match $dtype {
-            $crate::model::tensor::Dtype::F32 => $function::<$($generic,)* $crate::backend::cpu::matrix::F32>($($argument),*),
-            $crate::model::tensor::Dtype::F16 => $function::<$($generic,)* $crate::backend::cpu::matrix::F16>($($argument),*),
-            $crate::model::tensor::Dtype::BF16 => $function::<$($generic,)* $crate::backend::cpu::matrix::BF16>($($argument),*),
-            $crate::model::tensor::Dtype::Q8_0 => $function::<$($generic,)* $crate::backend::cpu::matrix::Q8>($($argument),*),
-            $crate::model::tensor::Dtype::Q4_0 => $function::<$($generic,)* $crate::backend::cpu::matrix::Q4Symmetric>($($argument),*),
-            $crate::model::tensor::Dtype::Q4_1 => $function::<$($generic,)* $crate::backend::cpu::matrix::Q4Minimum>($($argument),*),
-            $crate::model::tensor::Dtype::Q5_0 => $function::<$($generic,)* $crate::backend::cpu::matrix::Q5Symmetric>($($argument),*),
-            $crate::model::tensor::Dtype::Q5_1 => $function::<$($generic,)* $crate::backend::cpu::matrix::Q5Minimum>($($argument),*),
-            $crate::model::tensor::Dtype::Q4K => $function::<$($generic,)* $crate::backend::cpu::matrix::Q4K>($($argument),*),
-            $crate::model::tensor::Dtype::Q5K => $function::<$($generic,)* $crate::backend::cpu::matrix::Q5K>($($argument),*),
-            $crate::model::tensor::Dtype::Q6K => $function::<$($generic,)* $crate::backend::cpu::matrix::Q6K>($($argument),*),
+            $($crate::model::tensor::Dtype::$variant => {
+                type $format = $crate::backend::cpu::matrix::$name;
+                $body
+            })*
         }
     };
 }
-
 pub(super) use with_format;
 
 /// Inputs that a kernel widens at a time.
@@ -182,7 +180,12 @@ impl Kernel for ReadLane<'_> {
         for (unit, out) in self.out.chunks_mut(UNIT).enumerate() {
             // SAFETY: the panel has inputs in whole units, as many as `out` needs.
             unsafe {
-                with_format!(self.dtype, widen, S => (self.panel, unit * UNIT, UNIT, wide.as_mut_ptr()))
+                widen::<S>(
+                    (self.dtype, self.panel),
+                    unit * UNIT,
+                    UNIT,
+                    wide.as_mut_ptr(),
+                )
             };
             for (i, out) in out.iter_mut().enumerate() {
                 *out = wide[i * LANES + self.lane];
@@ -192,22 +195,44 @@ impl Kernel for ReadLane<'_> {
 }
 
 /// Widens inputs `first .. first + count` of a panel into `out`, `[count][16]`; both are whole units.
-#[inline(always)]
-pub(super) unsafe fn widen<S: Simd, F: Format>(
-    panel: *const u8,
+pub(super) struct Widen<F> {
+    pub panel: *const u8,
+    pub first: usize,
+    pub count: usize,
+    pub out: *mut f32,
+    pub format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for Widen<F> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        unsafe {
+            for unit in 0..self.count / UNIT {
+                let input = self.first + unit * UNIT;
+                let block = self.panel.add(input / F::BLOCK_INPUTS * F::BLOCK_BYTES);
+                let weights = F::unit::<S>(block, input % F::BLOCK_INPUTS / UNIT);
+                for (i, weight) in weights.into_iter().enumerate() {
+                    S::store(self.out.add((unit * UNIT + i) * LANES), weight);
+                }
+            }
+        }
+    }
+}
+
+/// [`Widen`], the format chosen at run time.
+///
+/// # Safety
+/// As [`Simd`]; the panel must have the inputs and `out` room for them.
+pub(super) unsafe fn widen<S: Simd>(
+    (dtype, panel): (Dtype, *const u8),
     first: usize,
     count: usize,
     out: *mut f32,
 ) {
+    // SAFETY: passed on.
     unsafe {
-        for unit in 0..count / UNIT {
-            let input = first + unit * UNIT;
-            let block = panel.add(input / F::BLOCK_INPUTS * F::BLOCK_BYTES);
-            let weights = F::unit::<S>(block, input % F::BLOCK_INPUTS / UNIT);
-            for (i, weight) in weights.into_iter().enumerate() {
-                S::store(out.add((unit * UNIT + i) * LANES), weight);
-            }
-        }
+        with_format!(dtype, F => S::call(Widen::<F> { panel, first, count, out, format: PhantomData }))
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod attention;
 mod filter;
 pub mod kv_cache;
+pub mod limits;
 pub mod matmul;
 pub mod matrix;
 pub mod rope;
@@ -11,6 +12,7 @@ pub mod sample;
 pub mod simd;
 pub mod softmax;
 pub mod team;
+mod tile;
 
 use super::sampling::{SampleRow, Sampled};
 use super::{Attention, Backend, BackendError, Batch, KvShape, Norm, PAGE_LEN, PageId};
@@ -84,7 +86,9 @@ impl Cpu {
             }
         });
         // `run` has returned, so every task has stored its result.
-        let results = results.into_iter().map(|result| result.into_inner().ok().flatten());
+        let results = results
+            .into_iter()
+            .map(|result| result.into_inner().ok().flatten());
         results.flatten().collect()
     }
 

@@ -170,7 +170,7 @@ impl Shared {
                 idle_since = Instant::now();
             } else {
                 pause(&mut spins);
-                if spins % 64 == 0 && idle_since.elapsed() > PATIENCE {
+                if spins.is_multiple_of(64) && idle_since.elapsed() > PATIENCE {
                     self.attached.fetch_sub(1, Relaxed);
                     return;
                 }

@@ -135,19 +135,19 @@ impl<'a> GgufMetadata<'a> {
     }
 
     pub fn i32s(&self, key: &str) -> Result<Option<Vec<i32>>, ModelError> {
-        Ok(self.numbers(key, ValueType::I32, i32::from_le_bytes)?)
+        self.numbers(key, ValueType::I32, i32::from_le_bytes)
     }
 
     pub fn u32s(&self, key: &str) -> Result<Option<Vec<u32>>, ModelError> {
-        Ok(self.numbers(key, ValueType::U32, u32::from_le_bytes)?)
+        self.numbers(key, ValueType::U32, u32::from_le_bytes)
     }
 
     pub fn f32s(&self, key: &str) -> Result<Option<Vec<f32>>, ModelError> {
-        Ok(self.numbers(key, ValueType::F32, f32::from_le_bytes)?)
+        self.numbers(key, ValueType::F32, f32::from_le_bytes)
     }
 
     pub fn bools(&self, key: &str) -> Result<Option<Vec<bool>>, ModelError> {
-        Ok(self.numbers(key, ValueType::Bool, |[byte]| byte != 0)?)
+        self.numbers(key, ValueType::Bool, |[byte]| byte != 0)
     }
 
     /// True where the key holds a list of whatever type.

@@ -5,6 +5,8 @@ pub mod dequantize;
 pub mod metadata;
 mod names;
 mod parser;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::Path;

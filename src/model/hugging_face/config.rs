@@ -345,3 +345,216 @@ fn eos_token_ids(config: &Fields, generation: Option<&Fields>) -> Result<Vec<u32
     }
     config.token_ids("eos_token_id")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Written by `tests/reference/configs.py`.
+    const GOLDEN: &str = include_str!("../../../tests/golden/configs.json");
+
+    fn parse_value(config: &Value) -> Result<(ModelConfig, TensorLayout), ModelError> {
+        let object = config.as_object().unwrap();
+        parse(&Fields::new(Path::new("config.json"), object), None)
+    }
+
+    fn floats(value: &Value) -> Vec<f32> {
+        let items = value.as_array().unwrap();
+        items.iter().map(|x| x.as_f64().unwrap() as f32).collect()
+    }
+
+    #[test]
+    fn every_configuration_means_what_transformers_takes_it_to_mean() {
+        let cases: Vec<Value> = serde_json::from_str(GOLDEN).unwrap();
+        assert!(cases.len() > 20);
+        for case in &cases {
+            let name = case["name"].as_str().unwrap();
+            let (config, layout) = parse_value(&case["config"]).unwrap();
+            let expected = &case["expected"];
+            for (field, size) in [
+                ("hidden_size", config.hidden_size),
+                ("intermediate_size", config.intermediate_size),
+                ("vocab_size", config.vocab_size),
+                ("layers", config.layers),
+                ("heads", config.heads),
+                ("kv_heads", config.kv_heads),
+                ("head_dim", config.head_dim),
+                ("max_position_embeddings", config.max_position_embeddings),
+            ] {
+                assert_eq!(expected[field], size, "{name}: {field}");
+            }
+            for (field, flag) in [
+                ("tie_word_embeddings", config.tie_word_embeddings),
+                ("norm_weight_plus_one", config.norm_weight_plus_one),
+                ("gelu", config.activation == Activation::GeluTanh),
+            ] {
+                assert_eq!(expected[field], flag, "{name}: {field}");
+            }
+            for (field, number) in [
+                ("rms_norm_eps", Some(config.rms_norm_eps)),
+                ("attention_scale", Some(config.attention_scale)),
+                ("embedding_scale", Some(config.embedding_scale)),
+                ("attention_softcap", config.attention_softcap),
+                ("logit_softcap", config.logit_softcap),
+            ] {
+                let expected = expected[field].as_f64().map(|x| x as f32);
+                assert_eq!(expected, number, "{name}: {field}");
+            }
+            let windows: Vec<_> = config.attention.iter().map(|layer| layer.window).collect();
+            assert_eq!(expected["windows"], json!(windows), "{name}");
+
+            // The cases of all defaults state no more than that.
+            let Some(tensors) = expected["tensors"].as_object() else {
+                continue;
+            };
+            let mut names = Vec::new();
+            for tensor in layout.tensors(&config) {
+                assert_eq!(
+                    tensors[&tensor.name],
+                    json!(tensor.shape),
+                    "{name}: {}",
+                    tensor.name
+                );
+                names.push(tensor.name);
+            }
+            names.sort();
+            let mut expected_names: Vec<_> = tensors.keys().cloned().collect();
+            expected_names.sort();
+            assert_eq!(names, expected_names, "{name}");
+            for (layer, expected) in config
+                .attention
+                .iter()
+                .zip(expected["attention"].as_array().unwrap())
+            {
+                same_rope(name, &layer.rope, expected);
+            }
+        }
+    }
+
+    /// Two units in the last place: torch's float32 power may be off by one, and what is computed
+    /// from it by one more. Where scaling interpolates between two frequencies, which cancels no
+    /// digits, the same holds.
+    fn same_rope(name: &str, rope: &crate::model::config::Rope, expected: &Value) {
+        let frequencies = floats(&expected["frequencies"]);
+        assert_eq!(rope.frequencies.len(), frequencies.len(), "{name}");
+        for (i, (ours, theirs)) in rope.frequencies.iter().zip(&frequencies).enumerate() {
+            let ulps = ours.to_bits().abs_diff(theirs.to_bits());
+            assert!(
+                ulps <= 2,
+                "{name}, pair {i}: {ours:e}, reference {theirs:e}"
+            );
+        }
+        let factor = expected["attention_factor"].as_f64().unwrap() as f32;
+        assert_eq!(rope.attention_factor, factor, "{name}");
+    }
+
+    #[test]
+    fn eos_tokens_come_from_the_generation_config_first() {
+        let ids = |config: Value, generation: Option<Value>| {
+            let mut config = config;
+            config["model_type"] = json!("llama");
+            let generation = generation.map(|value| value.as_object().unwrap().clone());
+            let path = Path::new("x.json");
+            let generation = generation.as_ref().map(|object| Fields::new(path, object));
+            let fields = Fields::new(path, config.as_object().unwrap());
+            parse(&fields, generation.as_ref()).map(|(config, _)| config.eos_token_ids)
+        };
+        let one = || json!({"eos_token_id": 7});
+        assert_eq!(ids(one(), None).unwrap(), [7]);
+        assert_eq!(
+            ids(one(), Some(json!({"eos_token_id": [5, 6]}))).unwrap(),
+            [5, 6]
+        );
+        assert_eq!(
+            ids(one(), Some(json!({"eos_token_id": null}))).unwrap(),
+            [7]
+        );
+        assert!(ids(json!({}), None).unwrap().is_empty());
+        assert!(ids(json!({"eos_token_id": -1}), None).is_err());
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused_in_one_line_that_names_the_field() {
+        for (changes, named) in [
+            (json!({"model_type": "mamba"}), "mamba"),
+            (json!({"model_type": null}), "model_type"),
+            (json!({"model_type": 3}), "model_type"),
+            (json!({"hidden_size": -1}), "hidden_size"),
+            (json!({"hidden_size": 1.5}), "hidden_size"),
+            (
+                json!({"num_hidden_layers": 1_000_000_000_000_u64}),
+                "num_hidden_layers",
+            ),
+            (json!({"num_hidden_layers": 0}), "num_hidden_layers"),
+            (json!({"vocab_size": "many"}), "vocab_size"),
+            (
+                json!({"num_attention_heads": 6, "num_key_value_heads": 4}),
+                "heads",
+            ),
+            (json!({"head_dim": 7}), "odd"),
+            (
+                json!({"hidden_size": 2, "num_attention_heads": 3, "num_key_value_heads": 3}),
+                "num_attention_heads",
+            ),
+            (json!({"rms_norm_eps": -0.5}), "epsilon"),
+            (json!({"rms_norm_eps": "1e-5"}), "rms_norm_eps"),
+            (json!({"rope_theta": 0}), "rope_theta"),
+            (json!({"rope_theta": -1e4}), "rope_theta"),
+            (
+                json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+                "dynamic",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "linear"}}),
+                "rope_scaling.factor",
+            ),
+            (
+                json!({"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}}),
+                "rope_parameters.high_freq_factor",
+            ),
+            (json!({"rope_scaling": "linear"}), "rope_scaling"),
+            (
+                json!({"partial_rotary_factor": 0.5}),
+                "partial_rotary_factor",
+            ),
+            (json!({"hidden_act": "relu"}), "hidden_act"),
+            (json!({"torch_dtype": "int8"}), "int8"),
+            (
+                json!({"quantization_config": {"quant_method": "gptq"}}),
+                "gptq",
+            ),
+            (
+                json!({"model_type": "qwen2", "layer_types": ["full_attention"]}),
+                "layer_types",
+            ),
+            (
+                json!({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]}),
+                "layer_types",
+            ),
+            (
+                json!({"model_type": "qwen3", "num_hidden_layers": 1, "layer_types": ["mamba"]}),
+                "layer_types",
+            ),
+            (
+                json!({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}}),
+                "rope_parameters",
+            ),
+            (
+                json!({"model_type": "gemma2", "query_pre_attn_scalar": 0}),
+                "query_pre_attn_scalar",
+            ),
+        ] {
+            let mut config = json!({"model_type": "llama"});
+            for (key, value) in changes.as_object().unwrap() {
+                config[key] = value.clone();
+            }
+            let message = parse_value(&config).unwrap_err().to_string();
+            assert!(message.contains(named), "{changes}: {message}");
+            assert!(!message.contains('\n'), "{message}");
+        }
+    }
+}

@@ -22,6 +22,7 @@ use super::template_functions::{NOW, RaisedByTemplate, register};
 use super::template_source::respell;
 use super::tokenizer::{one_line, read_json, read_optional};
 use super::{GgufVocabulary, TextError, Tokenizer};
+use crate::model::files::TextSource;
 
 /// The largest templates in use have some 30 kB.
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
@@ -100,6 +101,16 @@ impl ChatTemplate {
     /// [`Tokenizer::special_token_texts`].
     pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self, TextError> {
         Self::compile(source, None, special_tokens)
+    }
+
+    /// The template of a model, wherever it lies; [`TextError::NoChatTemplate`] where it has none.
+    pub fn from_source(source: TextSource, tokenizer: &Tokenizer) -> Result<Self, TextError> {
+        match source {
+            TextSource::Folder(folder) => Self::from_folder(folder, tokenizer),
+            TextSource::Gguf(metadata) => {
+                Self::from_gguf(&GgufVocabulary::from_metadata(&metadata)?, tokenizer)
+            }
+        }
     }
 
     /// The template of a folder in Hugging Face layout: `chat_template.jinja`,
@@ -375,5 +386,273 @@ impl io::Write for LimitedBuffer {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use serde::Deserialize;
+    use serde_json::json;
+
+    use super::super::tokenizer::tests::{default_model, golden, golden_folder};
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct Golden {
+        now: u64,
+        special_tokens: BTreeMap<String, String>,
+        smollm2: String,
+        cases: Vec<Case>,
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        template: String,
+        chat: String,
+        messages: Vec<ChatMessage>,
+        tools: Option<Vec<Json>>,
+        documents: Option<Vec<Json>>,
+        variables: Map<String, Json>,
+        add_generation_prompt: bool,
+        /// What transformers renders.
+        rendered: Option<String>,
+        /// What the template raised.
+        refused: Option<String>,
+        /// What Python raised.
+        failed: Option<String>,
+    }
+
+    #[test]
+    fn renders_as_transformers() {
+        let golden: Golden = golden("chat_templates.json");
+        let mut templates = BTreeMap::new();
+        let now = UNIX_EPOCH + Duration::from_secs(golden.now);
+        for case in &golden.cases {
+            let template = templates.entry(&case.template).or_insert_with(|| {
+                let file = golden_folder().join(format!("chat_templates/{}.jinja", case.template));
+                let source = match case.template.as_str() {
+                    "smollm2" => golden.smollm2.clone(),
+                    _ => std::fs::read_to_string(file).unwrap(),
+                };
+                ChatTemplate::new(&source, &golden.special_tokens).unwrap()
+            });
+            let rendered = template.render(&ChatRequest {
+                messages: &case.messages,
+                add_generation_prompt: case.add_generation_prompt,
+                tools: case.tools.as_deref(),
+                documents: case.documents.as_deref(),
+                variables: Some(&case.variables),
+                now: Some(now),
+            });
+            let name = format!("{} of {}", case.chat, case.template);
+            match (rendered, &case.rendered, &case.refused, &case.failed) {
+                (Ok(ours), Some(theirs), _, _) => assert_eq!(&ours, theirs, "{name}"),
+                (Err(TextError::TemplateRefused { message }), _, Some(theirs), _) => {
+                    assert_eq!(&message, theirs, "{name}");
+                }
+                (Err(TextError::TemplateFailed { .. }), _, _, Some(_)) => {}
+                (ours, ..) => panic!("{name}: {ours:?}"),
+            }
+        }
+        assert_eq!(templates.len(), 6);
+    }
+
+    #[test]
+    fn template_of_the_default_model() {
+        let Some(files) = default_model() else {
+            return;
+        };
+        let source = files.text_source();
+        let tokenizer = Tokenizer::from_source(source).unwrap();
+        let template = ChatTemplate::from_source(source, &tokenizer).unwrap();
+        if let TextSource::Gguf(metadata) = source {
+            let golden: Golden = golden("chat_templates.json");
+            let own = GgufVocabulary::from_metadata(&metadata)
+                .unwrap()
+                .chat_template;
+            assert_eq!(own, Some(golden.smollm2.as_str()));
+        }
+        let prompt = template
+            .render(&ChatRequest::new(&[ChatMessage::new("user", "Hi")]))
+            .unwrap();
+        assert!(prompt.starts_with("<|im_start|>system\n"));
+        assert!(prompt.ends_with("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"));
+        let ids = tokenizer.encode(&prompt, false).unwrap();
+        assert_eq!(ids.iter().filter(|&&id| id == 1).count(), 3, "{ids:?}");
+    }
+
+    fn render(source: &str) -> Result<String, TextError> {
+        let template = ChatTemplate::new(source, &BTreeMap::new())?;
+        template.render(&ChatRequest::new(&[ChatMessage::new("user", "hello")]))
+    }
+
+    /// Each hostile template is one clear line, soon. A crash would take the whole process.
+    #[test]
+    fn hostile_templates_are_stopped() {
+        let nest = |n: usize, open: &str, core: &str, close: &str| {
+            format!("{}{core}{}", open.repeat(n), close.repeat(n))
+        };
+        let hostile = [
+            "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+            "{% for i in range(100000) %}{% for j in range(100000) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+            "{% for i in range(10000000000) %}{% endfor %}",
+            "{{ 'a' * 10**9 }}",
+            "{{ 'a' * 10**18 * 10**18 }}",
+            "{{ [1] * 10**9 }}",
+            "{{ ('a' * 10**6).replace('', 'b' * 10**6) }}",
+            "{{ '%1000000000d' | format(1) }}",
+            "{{ '{:>1000000000}'.format(1) }}",
+            "{{ '{:{}}'.format(1, 1000000000) }}",
+            "{{ 'a' | indent(1000000000) }}",
+            "{{ [messages] | tojson(indent=1000000000) }}",
+            "{% set x = 'a' * 100000 %}{% for i in range(100000) %}{{ x }}{% endfor %}",
+            "{% set ns = namespace(x='a') %}{% for i in range(100) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "{% set ns = namespace(x=[1]) %}{% for i in range(100) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+            "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = {'a': ns.x} %}{% endfor %}",
+            "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x] | map('list') %}{% endfor %}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+            "{% set ns = namespace() %}{% set ns.x = [{'a': ns}] %}{{ ns }}",
+            "{% set a = namespace() %}{% set b = namespace(a=a) %}{% set a.b = b %}{{ a }}",
+            "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(1) }}",
+            "{% macro f(x) %}{{ f([x]) }}{% endmacro %}{{ f(1) }}",
+            "{% for x in [messages] recursive %}{{ loop([messages]) }}{% endfor %}",
+            "{% include 'chat template' %}",
+            "{% extends 'chat template' %}",
+            "{% block a %}{{ self.a() }}{% endblock %}",
+            "{% import '/etc/passwd' as p %}",
+            "{{ 1 // 0 }}",
+            "{{ 9223372036854775807 ** 99 }}",
+            "{{ messages[0].content.nothing.more }}",
+            "{% set messages.x = 1 %}",
+            "{% set ns = namespace() %}{% set ns.f = range %}",
+            "{{ nothing() }}",
+            "{{ '' | nothing }}",
+            "{{ 'a'.nothing() }}",
+            "{{ unclosed",
+            "{% if %}",
+            "{% endfor %}",
+            "{% generation %}",
+            "{{ strftime_now('%Q') }}",
+        ]
+        .map(str::to_string);
+        let deep = [
+            format!("{{{{ {}1 }}}}", "1~".repeat(60_000)),
+            format!("{{{{ {} }}}}", nest(60_000, "(", "1", ")")),
+            format!("{{{{ {} }}}}", nest(60_000, "[", "", "]")),
+            nest(9_000, "{% if 1 %}", "", "{% endif %}"),
+            "{{".repeat(60_000),
+            " ".repeat(MAX_TEMPLATE_BYTES + 1),
+        ];
+        for source in hostile.iter().chain(&deep) {
+            let start = Instant::now();
+            let shown = &source[..source.len().min(100)];
+            let error = render(source).expect_err(shown).to_string();
+            assert!(
+                !error.contains('\n') && error.len() < 400,
+                "{shown}: {error}"
+            );
+            assert!(start.elapsed() < Duration::from_secs(5), "{shown}");
+        }
+    }
+
+    /// What is deep or long but allowed must not overflow the stack either.
+    #[test]
+    fn deep_values_render() {
+        let assignments = MAX_TEMPLATE_BYTES / "{%set x=[x]%}".len() - 10;
+        let nested = format!(
+            "{{%set x=1%}}{}{{{{x}}}}",
+            "{%set x=[x]%}".repeat(assignments)
+        );
+        assert_eq!(render(&nested).unwrap().len(), 2 * assignments + 1);
+        for operator in [
+            "1+",
+            "-",
+            "not ",
+            "1 or ",
+            "1 if 1 else ",
+            "1<",
+            "1~",
+            "1**",
+        ] {
+            let expression = format!("{{{{ {}1 }}}}", operator.repeat(8_000 / operator.len()));
+            if let Err(error) = render(&expression) {
+                assert!(!error.to_string().contains('\n'), "{error}");
+            }
+        }
+        for filter in ["|list", "[0]", ".a", "()"] {
+            assert!(
+                render(&format!(
+                    "{{{{ 1{} }}}}",
+                    filter.repeat(8_000 / filter.len())
+                ))
+                .is_err()
+            );
+        }
+        let mut message = json!("x");
+        for _ in 0..100 {
+            message = json!([message]);
+        }
+        let template = ChatTemplate::new("{{ messages|tojson }}", &BTreeMap::new()).unwrap();
+        let fields = Map::from_iter([("content".to_string(), message)]);
+        let rendered = template.render(&ChatRequest::new(&[ChatMessage(fields)]));
+        assert_eq!(rendered.unwrap().matches('[').count(), 101);
+    }
+
+    #[test]
+    fn long_chats_render() {
+        let messages: Vec<_> = (0..2000)
+            .map(|i| ChatMessage::new(["user", "assistant"][i % 2], &"word ".repeat(400)))
+            .collect();
+        let source =
+            std::fs::read_to_string(golden_folder().join("chat_templates/qwen3.jinja")).unwrap();
+        let template = ChatTemplate::new(&source, &BTreeMap::new()).unwrap();
+        let rendered = template.render(&ChatRequest::new(&messages)).unwrap();
+        assert!(rendered.len() > 2000 * 2000);
+        let huge = [ChatMessage::new("user", &"x".repeat(MAX_RENDERED_BYTES))];
+        assert!(matches!(
+            template.render(&ChatRequest::new(&huge)),
+            Err(TextError::RenderedTooLarge { .. })
+        ));
+        assert!(matches!(
+            template.render(&ChatRequest::new(&[])),
+            Err(TextError::EmptyChat)
+        ));
+    }
+
+    #[test]
+    fn folders_keep_templates_in_several_places() {
+        let byte_level = golden_folder().join("byte_level");
+        let tokenizer = Tokenizer::from_folder(&byte_level).unwrap();
+        let missing = ChatTemplate::from_folder(&byte_level, &tokenizer).unwrap_err();
+        assert!(matches!(missing, TextError::NoChatTemplate));
+        assert!(missing.to_string().contains("--raw"));
+
+        let folder = tempfile::tempdir().unwrap();
+        let write =
+            |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let messages = [ChatMessage::new("user", "hi")];
+        let tools = [json!({"type": "function"})];
+        let rendered = |tools| {
+            let template = ChatTemplate::from_folder(folder.path(), &tokenizer).unwrap();
+            let request = ChatRequest {
+                tools,
+                ..ChatRequest::new(&messages)
+            };
+            template.render(&request).unwrap()
+        };
+        let config = json!({"chat_template": [
+            {"name": "default", "template": "default {{ bos_token }}"},
+            {"name": "tool_use", "template": "tools {{ tools|length }}"},
+        ]});
+        write("tokenizer_config.json", &config.to_string());
+        assert_eq!(rendered(None), "default <|begin_of_text|>");
+        assert_eq!(rendered(Some(&tools)), "tools 1");
+        write("chat_template.json", r#"{"chat_template": "from json"}"#);
+        assert_eq!(rendered(None), "from json");
+        write("chat_template.jinja", "from jinja\n");
+        assert_eq!(rendered(None), "from jinja");
     }
 }

@@ -7,6 +7,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
@@ -22,10 +23,14 @@ use super::pre_tokenizer::{self, PreTokenizer};
 use super::token_table::fallback_byte;
 use super::tokenizer::{SpecialTokens, Surround, conventional_ends, one_line};
 use super::{TextError, Tokenizer};
+use crate::model::error::ModelError;
+use crate::model::gguf::metadata::GgufMetadata;
 
 /// The tokenizer metadata of a GGUF file (`tokenizer.ggml.*`), as it stands there.
 #[derive(Clone, Debug, Default)]
 pub struct GgufVocabulary<'a> {
+    /// The file, for error messages.
+    pub path: Option<&'a Path>,
     /// `model`: the kind of tokenizer, such as `gpt2` or `llama`.
     pub model: &'a str,
     /// `pre`: the rule by which byte-level BPE cuts a text.
@@ -64,15 +69,6 @@ mod token_type {
     pub const USER_DEFINED: i32 = 4;
 }
 
-const ORIGIN: &str = "the GGUF file";
-
-fn malformed(reason: impl Into<String>) -> TextError {
-    TextError::Malformed {
-        origin: ORIGIN.to_string(),
-        reason: reason.into(),
-    }
-}
-
 impl Tokenizer {
     /// Builds the tokenizer that a GGUF file describes.
     pub fn from_gguf(vocabulary: &GgufVocabulary) -> Result<Self, TextError> {
@@ -82,7 +78,7 @@ impl Tokenizer {
             "llama" => vocabulary.sentencepiece()?,
             other => {
                 return Err(TextError::Unsupported {
-                    origin: ORIGIN.to_string(),
+                    origin: vocabulary.origin(),
                     what: format!("the model {other:?}"),
                     supported: "gpt2 (byte-level BPE), llama (SentencePiece)",
                 });
@@ -90,8 +86,8 @@ impl Tokenizer {
         };
         let added = vocabulary.added_tokens();
         contain(|| inner.add_tokens(added))
-            .map_err(malformed)?
-            .map_err(|error| malformed(one_line(&error.to_string())))?;
+            .map_err(|reason| vocabulary.malformed(reason))?
+            .map_err(|error| vocabulary.refused(error))?;
 
         let mut special = SpecialTokens {
             bos: vocabulary.bos_token_id,
@@ -115,31 +111,86 @@ impl Tokenizer {
                 .eos_token_id
                 .filter(|_| vocabulary.add_eos == Some(true)),
         };
-        Self::assemble(inner, special, surround, ORIGIN)
+        Self::assemble(inner, special, surround, &vocabulary.origin())
+    }
+}
+
+impl<'a> GgufVocabulary<'a> {
+    /// Reads the tokenizer's part of a GGUF file's metadata.
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError::Config`] where a key is missing that every tokenizer needs, or is of another
+    /// type. What the values say is checked by [`Tokenizer::from_gguf`].
+    pub fn from_metadata(metadata: &GgufMetadata<'a>) -> Result<Self, ModelError> {
+        let required = |key: &str| metadata.wrong(key, "is missing");
+        let id = |name: &str| metadata.u32(&format!("tokenizer.ggml.{name}_token_id"));
+        let (model, tokens) = ("tokenizer.ggml.model", "tokenizer.ggml.tokens");
+        Ok(Self {
+            path: Some(metadata.path()),
+            model: metadata.string(model)?.ok_or_else(|| required(model))?,
+            pre: metadata.string("tokenizer.ggml.pre")?,
+            tokens: metadata.strings(tokens)?.ok_or_else(|| required(tokens))?,
+            token_types: metadata
+                .i32s("tokenizer.ggml.token_type")?
+                .unwrap_or_default(),
+            scores: metadata.f32s("tokenizer.ggml.scores")?.unwrap_or_default(),
+            merges: metadata
+                .strings("tokenizer.ggml.merges")?
+                .unwrap_or_default(),
+            bos_token_id: id("bos")?,
+            eos_token_id: id("eos")?,
+            eot_token_id: id("eot")?,
+            eom_token_id: id("eom")?,
+            unknown_token_id: id("unknown")?,
+            padding_token_id: id("padding")?,
+            add_bos: metadata.bool("tokenizer.ggml.add_bos_token")?,
+            add_eos: metadata.bool("tokenizer.ggml.add_eos_token")?,
+            add_space_prefix: metadata.bool("tokenizer.ggml.add_space_prefix")?,
+            chat_template: metadata.string("tokenizer.chat_template")?,
+        })
     }
 }
 
 impl GgufVocabulary<'_> {
+    /// The file's name in errors.
+    fn origin(&self) -> String {
+        match self.path {
+            Some(path) => path.display().to_string(),
+            None => "the GGUF file".to_string(),
+        }
+    }
+
+    fn malformed(&self, reason: impl Into<String>) -> TextError {
+        TextError::Malformed {
+            origin: self.origin(),
+            reason: reason.into(),
+        }
+    }
+
+    /// A failure of the tokenizers library.
+    fn refused(&self, error: tokenizers::Error) -> TextError {
+        self.malformed(one_line(&error.to_string()))
+    }
+
     /// Lengths and ids, so that the rest may index freely.
     fn check(&self) -> Result<(), TextError> {
         let count = self.tokens.len();
         if count == 0 {
-            return Err(malformed("it has no tokens"));
+            return Err(self.malformed("it has no tokens"));
         }
         for (name, length) in [
             ("token_type", self.token_types.len()),
             ("scores", self.scores.len()),
         ] {
             if length != 0 && length != count {
-                return Err(malformed(format!(
-                    "{name} has {length} entries for {count} tokens"
-                )));
+                return Err(
+                    self.malformed(format!("{name} has {length} entries for {count} tokens"))
+                );
             }
         }
         if let Some(id) = self.scores.iter().position(|score| score.is_nan()) {
-            return Err(malformed(format!(
-                "the score of token {id} is not a number"
-            )));
+            return Err(self.malformed(format!("the score of token {id} is not a number")));
         }
         for (name, id) in [
             ("bos_token_id", self.bos_token_id),
@@ -149,10 +200,17 @@ impl GgufVocabulary<'_> {
             ("unknown_token_id", self.unknown_token_id),
             ("padding_token_id", self.padding_token_id),
         ] {
-            if let Some(id) = id.filter(|&id| id as usize >= count) {
-                return Err(malformed(format!(
-                    "{name} is {id}, beyond its {count} tokens"
-                )));
+            let Some(id) = id else { continue };
+            match self.tokens.get(id as usize) {
+                None => {
+                    return Err(
+                        self.malformed(format!("{name} is {id}, beyond its {count} tokens"))
+                    );
+                }
+                Some(&"") => {
+                    return Err(self.malformed(format!("{name} is {id}, an empty token")));
+                }
+                Some(_) => {}
             }
         }
         Ok(())
@@ -173,9 +231,9 @@ impl GgufVocabulary<'_> {
             if text.is_empty() {
                 continue;
             }
-            let id = u32::try_from(id).map_err(|_| malformed("it has too many tokens"))?;
+            let id = u32::try_from(id).map_err(|_| self.malformed("it has too many tokens"))?;
             if let Some(first) = vocab.insert(text, id) {
-                return Err(malformed(format!(
+                return Err(self.malformed(format!(
                     "the tokens {first} and {id} are the same: {:?}",
                     self.tokens[id as usize]
                 )));
@@ -231,7 +289,7 @@ impl GgufVocabulary<'_> {
     /// Byte-level BPE, and whether it begins texts with a token if the file does not say.
     fn byte_level(&self) -> Result<(tokenizers::Tokenizer, bool), TextError> {
         let rule = PreTokenizer::named(self.pre).ok_or_else(|| TextError::Unsupported {
-            origin: ORIGIN.to_string(),
+            origin: self.origin(),
             what: format!("the pre-tokenizer {:?}", self.pre.unwrap_or_default()),
             supported: pre_tokenizer::SUPPORTED,
         })?;
@@ -243,17 +301,17 @@ impl GgufVocabulary<'_> {
             let (left, right) = merge[first..]
                 .find(' ')
                 .map(|at| (&merge[..first + at], &merge[first + at + 1..]))
-                .ok_or_else(|| malformed(format!("merge {index} is not a pair: {merge:?}")))?;
+                .ok_or_else(|| self.malformed(format!("merge {index} is not a pair: {merge:?}")))?;
             for part in [left, right, &format!("{left}{right}")] {
                 if !vocab.contains_key(part) {
-                    return Err(malformed(format!(
+                    return Err(self.malformed(format!(
                         "merge {index} ({merge:?}) needs {part:?}, which is not a token"
                     )));
                 }
             }
             merges.push((left.to_string(), right.to_string()));
         }
-        let model = build_bpe(|builder| {
+        let model = self.build_bpe(|builder| {
             builder
                 .vocab_and_merges(vocab, merges)
                 .ignore_merges(rule.ignore_merges)
@@ -261,8 +319,11 @@ impl GgufVocabulary<'_> {
         let mut tokenizer = tokenizers::Tokenizer::new(model);
         tokenizer
             .with_normalizer(rule.normalizer())
-            .map_err(|error| malformed(one_line(&error.to_string())))?;
-        tokenizer.with_pre_tokenizer(Some(rule.pre_tokenizer().map_err(malformed)?));
+            .map_err(|error| self.refused(error))?;
+        tokenizer.with_pre_tokenizer(Some(
+            rule.pre_tokenizer()
+                .map_err(|reason| self.malformed(reason))?,
+        ));
         tokenizer.with_decoder(Some(ByteLevel::default()));
         Ok((tokenizer, rule.add_bos))
     }
@@ -270,16 +331,15 @@ impl GgufVocabulary<'_> {
     /// SentencePiece BPE, and whether it begins texts with a token if the file does not say.
     fn sentencepiece(&self) -> Result<(tokenizers::Tokenizer, bool), TextError> {
         if self.scores.is_empty() {
-            return Err(malformed("a SentencePiece vocabulary needs scores"));
+            return Err(self.malformed("a SentencePiece vocabulary needs scores"));
         }
         let vocab = self.vocab(|id| self.spelling(id))?;
         let merges = self.merges_by_score();
         let byte_fallback = (0..=255u8).all(|byte| vocab.contains_key(&format!("<0x{byte:02X}>")));
         let unknown = self
             .unknown_token_id
-            .map(|id| self.tokens[id as usize].to_string())
-            .filter(|text| !text.is_empty());
-        let model = build_bpe(|builder| {
+            .map(|id| self.tokens[id as usize].to_string());
+        let model = self.build_bpe(|builder| {
             let builder = builder
                 .vocab_and_merges(vocab, merges)
                 .byte_fallback(byte_fallback)
@@ -290,7 +350,7 @@ impl GgufVocabulary<'_> {
             }
         })?;
         let space_prefix = self.add_space_prefix.unwrap_or(true);
-        let library = |error: tokenizers::Error| malformed(one_line(&error.to_string()));
+        let library = |error| self.refused(error);
 
         let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
         let mut decoders: Vec<DecoderWrapper> = vec![
@@ -363,12 +423,15 @@ impl GgufVocabulary<'_> {
             .map(|merge| (merge.parts.0.to_string(), merge.parts.1.to_string()))
             .collect()
     }
-}
 
-fn build_bpe(configure: impl FnOnce(BpeBuilder) -> BpeBuilder) -> Result<BPE, TextError> {
-    contain(|| configure(BPE::builder()).build())
-        .map_err(malformed)?
-        .map_err(|error| malformed(one_line(&error.to_string())))
+    fn build_bpe(
+        &self,
+        configure: impl FnOnce(BpeBuilder) -> BpeBuilder,
+    ) -> Result<BPE, TextError> {
+        contain(|| configure(BPE::builder()).build())
+            .map_err(|reason| self.malformed(reason))?
+            .map_err(|error| self.refused(error))
+    }
 }
 
 #[cfg(test)]
@@ -376,8 +439,7 @@ mod tests {
     use proptest::prelude::*;
     use serde::Deserialize;
 
-    use super::super::gguf_vocabulary_file::default_model;
-    use super::super::tokenizer::tests::golden;
+    use super::super::tokenizer::tests::{default_model, golden};
     use super::*;
 
     #[derive(Deserialize)]
@@ -396,8 +458,10 @@ mod tests {
 
     #[test]
     fn smollm2_as_published_and_as_llama_cpp() {
-        let Some(file) = default_model() else { return };
-        let tokenizer = Tokenizer::from_gguf(&file.vocabulary()).unwrap();
+        let Some(files) = default_model() else {
+            return;
+        };
+        let tokenizer = Tokenizer::from_source(files.text_source()).unwrap();
         assert_eq!(tokenizer.vocab_size(), 49152);
         assert_eq!(tokenizer.bos_token_id(), Some(1));
         assert_eq!(tokenizer.eos_token_ids(), [2]);
@@ -421,8 +485,10 @@ mod tests {
     /// Random tokens are mostly not text: characters are cut, and bytes are left over.
     #[test]
     fn streaming_equals_the_library_on_random_tokens() {
-        let Some(file) = default_model() else { return };
-        let tokenizer = Tokenizer::from_gguf(&file.vocabulary()).unwrap();
+        let Some(files) = default_model() else {
+            return;
+        };
+        let tokenizer = Tokenizer::from_source(files.text_source()).unwrap();
         // Single bytes and short pieces are what cuts characters.
         let token = prop_oneof![0u32..49152, 17u32..1000, Just(2u32), 49100u32..49400];
         let sequences = (prop::collection::vec(token, 0..80), any::<bool>());
@@ -564,5 +630,43 @@ mod tests {
             })
             .contains("token 1")
         );
+    }
+
+    proptest! {
+        #[test]
+        fn any_vocabulary_is_read_or_refused(
+            model in prop::sample::select(vec!["gpt2", "llama"]),
+            tokens in prop::collection::vec("[ab▁Ġ é]{0,3}|<0x[0-9A-F]{2}>|<s>", 0..20),
+            token_types in prop::collection::vec(-1i32..8, 0..20),
+            scores in prop::collection::vec(prop::num::f32::ANY, 0..20),
+            merges in prop::collection::vec("[ab▁Ġ é]{0,5}", 0..6),
+            ids in prop::array::uniform4(prop::option::of(0u32..25)),
+            space in prop::option::of(any::<bool>()),
+            text in "[ab▁ é\n]{0,12}",
+        ) {
+            let count = tokens.len();
+            let vocabulary = GgufVocabulary {
+                model,
+                pre: Some("smollm"),
+                tokens: tokens.iter().map(String::as_str).collect(),
+                // Mostly of the right length, so that the rest is reached.
+                token_types: token_types.into_iter().cycle().take(count).collect(),
+                scores: scores.into_iter().cycle().take(count).collect(),
+                merges: merges.iter().map(String::as_str).collect(),
+                bos_token_id: ids[0],
+                eos_token_id: ids[1],
+                unknown_token_id: ids[2],
+                padding_token_id: ids[3],
+                add_bos: space,
+                add_space_prefix: space,
+                ..GgufVocabulary::default()
+            };
+            if let Ok(tokenizer) = Tokenizer::from_gguf(&vocabulary)
+                && let Ok(ids) = tokenizer.encode(&text, true)
+            {
+                tokenizer.decode(&ids, false);
+                prop_assert!(ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()));
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The text side of a model: text to token ids and back, and chats to prompts.
 //!
 //! [`Tokenizer`] comes from a folder in Hugging Face layout or from the metadata of a GGUF file
-//! ([`GgufVocabulary`]); [`Detokenizer`] turns sampled tokens into text one at a time;
+//! ([`Tokenizer::from_source`]); [`Detokenizer`] turns sampled tokens into text one at a time;
 //! [`ChatTemplate`] renders a chat into the prompt that the model was trained on.
 //!
 //! All three read files that others wrote. A tokenizer file that makes the tokenizers library
@@ -9,14 +9,16 @@
 
 use std::path::PathBuf;
 
+use super::error::ModelError;
+
 mod chat_template;
 mod detokenize;
 mod gguf_tokenizer;
-#[cfg(test)]
-mod gguf_vocabulary_file;
 mod panic_guard;
 mod pre_tokenizer;
+mod strftime;
 mod template_functions;
+mod template_json;
 mod template_source;
 mod token_table;
 mod tokenizer;
@@ -29,6 +31,9 @@ pub use tokenizer::Tokenizer;
 /// What can be wrong with a tokenizer, a chat template, or what is put into them.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
+    /// The metadata of a GGUF file does not say what a tokenizer needs.
+    #[error(transparent)]
+    Metadata(#[from] ModelError),
     #[error("cannot read {}: {source}", path.display())]
     Read {
         path: PathBuf,

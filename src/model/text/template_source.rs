@@ -1,6 +1,7 @@
 //! Brings a chat template into the dialect of the template library.
 //!
-//! Two statements of transformers' dialect are respelled, in place, so that line numbers hold:
+//! Compiling an expression takes the library time quadratic in its length, so the lengths are
+//! limited here. Two statements of transformers' dialect are respelled, in place, so that line numbers hold:
 //!
 //! - `{% generation %} … {% endgeneration %}` marks what a model wrote, for training; it becomes
 //!   `{% with %} … {% endwith %}`, which scopes assignments alike.
@@ -12,11 +13,21 @@ use std::ops::Range;
 
 use super::template_functions::SET_ATTRIBUTE;
 
+/// The sum of the squared lengths of all tags, strings aside: one tag of 8 kB, or thousands of
+/// usual size. A template at the limit compiles in about a second.
+const MAX_SQUARED_LENGTHS: usize = 1 << 26;
+
 /// Respells `source`; the error says what is wrong with it.
 pub(super) fn respell(source: &str) -> Result<String, String> {
     let mut out = String::with_capacity(source.len() + source.len() / 8);
     let mut at = 0;
+    let mut squared_lengths = 0usize;
     while let Some(tag) = next_tag(source, at)? {
+        squared_lengths = squared_lengths.saturating_add(tag.code_bytes.pow(2));
+        if squared_lengths > MAX_SQUARED_LENGTHS {
+            let line = source[..tag.inner.start].matches('\n').count() + 1;
+            return Err(format!("the expression in line {line} is too long"));
+        }
         let inner = &source[tag.inner.clone()];
         out.push_str(&source[at..tag.inner.start]);
         match statement(inner) {
@@ -70,6 +81,8 @@ struct Tag {
     kind: TagKind,
     /// What is between the two-byte delimiters.
     inner: Range<usize>,
+    /// Bytes of it that are neither string nor comment.
+    code_bytes: usize,
 }
 
 /// The first tag whose opening delimiter is at or after `from`.
@@ -89,26 +102,36 @@ fn next_tag(source: &str, from: usize) -> Result<Option<Tag>, String> {
             }
         };
         let start = at + 2;
-        let end = end_of_tag(bytes, start, kind, close).ok_or_else(|| {
+        let (end, code_bytes) = end_of_tag(bytes, start, kind, close).ok_or_else(|| {
             let line = source[..at].matches('\n').count() + 1;
             format!("the tag opened in line {line} is not closed")
         })?;
-        let inner = start..end;
-        return Ok(Some(Tag { kind, inner }));
+        return Ok(Some(Tag {
+            kind,
+            inner: start..end,
+            code_bytes,
+        }));
     }
     Ok(None)
 }
 
-/// Where the closing delimiter begins, outside of strings and nested braces.
-fn end_of_tag(bytes: &[u8], start: usize, kind: TagKind, close: &[u8; 2]) -> Option<usize> {
+/// Where the closing delimiter begins, outside of strings and nested braces, and how many bytes
+/// before it are code.
+fn end_of_tag(
+    bytes: &[u8],
+    start: usize,
+    kind: TagKind,
+    close: &[u8; 2],
+) -> Option<(usize, usize)> {
     let mut at = start;
     let mut quote = None;
     let mut braces = 0usize;
+    let mut code_bytes = 0;
     while at < bytes.len() {
         let byte = bytes[at];
         if kind == TagKind::Comment {
             if bytes[at..].starts_with(close) {
-                return Some(at);
+                return Some((at, 0));
             }
         } else if let Some(open) = quote {
             if byte == b'\\' {
@@ -116,14 +139,16 @@ fn end_of_tag(bytes: &[u8], start: usize, kind: TagKind, close: &[u8; 2]) -> Opt
             } else if byte == open {
                 quote = None;
             }
-        } else if matches!(byte, b'\'' | b'"') {
-            quote = Some(byte);
         } else if braces == 0 && bytes[at..].starts_with(close) {
-            return Some(at);
-        } else if byte == b'{' {
-            braces += 1;
-        } else if byte == b'}' {
-            braces = braces.saturating_sub(1);
+            return Some((at, code_bytes));
+        } else {
+            code_bytes += 1;
+            match byte {
+                b'\'' | b'"' => quote = Some(byte),
+                b'{' => braces += 1,
+                b'}' => braces = braces.saturating_sub(1),
+                _ => {}
+            }
         }
         at += 1;
     }
@@ -247,10 +272,16 @@ mod tests {
     }
 
     #[test]
-    fn unclosed_tags_are_named() {
+    fn unclosed_and_endless_tags_are_named() {
         assert!(respell("a\n{{ b").unwrap_err().contains("line 2"));
         assert!(respell("{% raw %}").unwrap_err().contains("raw"));
         assert!(respell("{% set ns.a = '%}").is_err());
+        let long = format!("a\n{{{{ {}1 }}}}", "1~".repeat(5_000));
+        assert!(respell(&long).unwrap_err().contains("line 2 is too long"));
+        let many = "{{ message.role ~ message.content }}".repeat(7_000);
+        assert_eq!(respell(&many).unwrap(), many);
+        let text = format!("{{{{ '{}' }}}}", "a".repeat(100_000));
+        assert_eq!(respell(&text).unwrap(), text);
     }
 
     proptest! {

@@ -10,7 +10,8 @@ use tokenizers::AddedToken;
 
 use super::panic_guard::contain;
 use super::token_table::{Entry, PieceEncoding, SUPPORTED_DECODERS, TokenTable};
-use super::{Detokenizer, TextError};
+use super::{Detokenizer, GgufVocabulary, TextError};
+use crate::model::files::TextSource;
 
 /// The largest vocabularies in use (262k tokens) make files of some 35 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
@@ -68,6 +69,16 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
+    /// The tokenizer of a model, wherever it lies.
+    pub fn from_source(source: TextSource) -> Result<Self, TextError> {
+        match source {
+            TextSource::Folder(folder) => Self::from_folder(folder),
+            TextSource::Gguf(metadata) => {
+                Self::from_gguf(&GgufVocabulary::from_metadata(&metadata)?)
+            }
+        }
+    }
+
     /// Reads the tokenizer of a folder in Hugging Face layout.
     ///
     /// `tokenizer.json` is required. `tokenizer_config.json`, `special_tokens_map.json` and
@@ -373,15 +384,19 @@ fn add_configured_tokens(inner: &mut tokenizers::Tokenizer, config: &Value) -> R
             missing.push((id, added));
         }
     }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    // New tokens get the next free ids in the order in which they are added.
     missing.sort_by_key(|(id, _)| *id);
+    let tokens: Vec<AddedToken> = missing.iter().map(|(_, token)| token.clone()).collect();
+    contain(|| inner.add_tokens(tokens))?.map_err(|error| error.to_string())?;
     for (id, token) in missing {
-        let content = token.content.clone();
-        contain(|| inner.add_tokens([token]))?.map_err(|error| error.to_string())?;
-        let got = inner.token_to_id(&content);
-        if got != Some(id) {
+        if inner.token_to_id(&token.content) != Some(id) {
             return Err(format!(
-                "tokenizer_config.json gives {content:?} the id {id}, which does not follow \
-                 the ids of tokenizer.json"
+                "tokenizer_config.json gives {:?} the id {id}, which does not follow the ids of \
+                 tokenizer.json",
+                token.content
             ));
         }
     }
@@ -411,6 +426,8 @@ pub(super) mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::model::default_model;
+    use crate::model::files::ModelFiles;
 
     pub(in crate::model::text) fn golden_folder() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/text")
@@ -420,6 +437,19 @@ pub(super) mod tests {
     pub(in crate::model::text) fn golden<T: DeserializeOwned>(name: &str) -> T {
         let file = fs::File::open(golden_folder().join(name)).unwrap();
         serde_json::from_reader(std::io::BufReader::new(file)).unwrap()
+    }
+
+    /// The default model; `None`, said aloud, where it has not been fetched.
+    pub(in crate::model::text) fn default_model() -> Option<ModelFiles> {
+        let path = match std::env::var_os("PODIUM_TEST_MODEL") {
+            Some(path) => PathBuf::from(path),
+            None => default_model::expected_path().ok()?,
+        };
+        if !path.exists() {
+            println!("skipped: {} is not there", path.display());
+            return None;
+        }
+        Some(ModelFiles::open(&path).unwrap())
     }
 
     #[derive(Deserialize)]
@@ -614,5 +644,30 @@ pub(super) mod tests {
             assert_eq!(tokenizer.eos_token_ids(), [1]);
             assert_eq!(tokenizer.bos_token_id(), None);
         }
+    }
+
+    /// Files of others may say anything: whatever is done to one, it is read or refused.
+    #[test]
+    fn damaged_files_never_panic() {
+        let text = fs::read(golden_folder().join("byte_level/tokenizer.json")).unwrap();
+        let tail = text.len() - 200;
+        // Half of the damage goes to the settings at both ends, not to the vocabulary.
+        let place = prop_oneof![0..text.len(), 0..1500usize, tail..text.len()];
+        let byte = prop::sample::select(b"\"{}[]:,.-0123456789eEntfu\\ \xC4".to_vec());
+        let damage = prop::collection::vec((place, byte), 1..4);
+        let folder = folder(&[]);
+        let path = folder.path().join("tokenizer.json");
+        proptest!(ProptestConfig::with_cases(300), |(damage in damage)| {
+            let mut damaged = text.clone();
+            for (place, byte) in damage {
+                damaged[place] = byte;
+            }
+            fs::write(&path, &damaged).unwrap();
+            if let Ok(tokenizer) = Tokenizer::from_folder(folder.path())
+                && let Ok(ids) = tokenizer.encode("Hello wörld 123 <tool>\n", true)
+            {
+                tokenizer.decode(&ids, false);
+            }
+        });
     }
 }

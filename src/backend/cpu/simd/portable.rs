@@ -1,6 +1,6 @@
 //! Sixteen lanes as an array: what every target without an implementation of its own runs.
 
-use super::{LANES, Simd};
+use super::{Kernel, LANES, Simd};
 
 #[derive(Clone, Copy)]
 pub struct Portable;
@@ -19,6 +19,9 @@ unsafe impl Simd for Portable {
     const TILE_ROWS: usize = 4;
     const TILE_PANELS: usize = 1;
 
+    unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
+        unsafe { kernel.run::<Portable>() }
+    }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
         [x; LANES]

@@ -29,6 +29,10 @@ unsafe impl Simd for Avx512 {
     const TILE_PANELS: usize = 2;
 
     #[inline(always)]
+    unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
+        unsafe { run_avx512(kernel) }
+    }
+    #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
         unsafe { _mm512_set1_ps(x) }
     }
@@ -186,6 +190,10 @@ unsafe impl Simd for Avx2 {
     const TILE_ROWS: usize = 6;
     const TILE_PANELS: usize = 1;
 
+    #[inline(always)]
+    unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
+        unsafe { run_avx2(kernel) }
+    }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
         let v = unsafe { _mm256_set1_ps(x) };

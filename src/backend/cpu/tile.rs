@@ -1,0 +1,98 @@
+//! The register tile: the inner loop of the matmul and of attention.
+//!
+//! `R` rows by `P` vectors of sums stay in registers while the inputs go by; each input costs `P`
+//! loads, `R` broadcasts and `R · P` multiply-adds.
+
+use super::simd::{Kernel, LANES, Simd};
+
+/// Products of an interleaved tile `[inputs][rows]` with two panels: `c[row][2][16]`, rows `c_stride`
+/// apart.
+///
+/// # Safety
+/// As [`RegisterTile`].
+#[inline(always)]
+pub(super) unsafe fn interleaved_tile<S: Simd>(
+    rows: usize,
+    x: *const f32,
+    w: [*const f32; 2],
+    inputs: usize,
+    c: *mut f32,
+    c_stride: usize,
+    first: bool,
+) {
+    macro_rules! rows {
+        ($($rows:literal)*) => {
+            match rows {
+                $($rows if const { $rows <= S::TILE_ROWS && S::TILE_PANELS == 2 } => {
+                    S::call(RegisterTile::<$rows, 2, 1, $rows> { x, w, inputs, c, c_stride, first })
+                })*
+                $($rows if const { $rows <= S::TILE_ROWS } => for p in 0..2 {
+                    let c = c.add(p * LANES);
+                    S::call(RegisterTile::<$rows, 1, 1, $rows> { x, w: [w[p]], inputs, c, c_stride, first });
+                })*
+                _ => unreachable!("tiles are at most as tall as the register tile"),
+            }
+        };
+    }
+    unsafe { rows!(1 2 3 4 5 6 7 8 9 10 11 12) }
+}
+
+/// The register tile: `c[r][p] (+)= Σ_k x[r·XR + k·XK] · w[p][k]`, `R` rows by `P` vectors; sets `c`
+/// where `first`.
+///
+/// # Safety
+/// As [`Simd`]; `x`, `w[p]` (`[inputs][16]`) and `c` (`R` rows, `c_stride` apart) must cover that.
+pub struct RegisterTile<const R: usize, const P: usize, const XR: usize, const XK: usize> {
+    pub x: *const f32,
+    pub w: [*const f32; P],
+    pub inputs: usize,
+    pub c: *mut f32,
+    pub c_stride: usize,
+    pub first: bool,
+}
+
+impl<const R: usize, const P: usize, const XR: usize, const XK: usize> Kernel
+    for RegisterTile<R, P, XR, XK>
+{
+    type Output = ();
+    // Indices name rows and panels of four arrays at once.
+    #[allow(clippy::needless_range_loop)]
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let RegisterTile {
+            x,
+            w,
+            inputs,
+            c,
+            c_stride,
+            first,
+        } = self;
+        unsafe {
+            let mut acc = [[S::splat(0.0); P]; R];
+            if !first {
+                for r in 0..R {
+                    for p in 0..P {
+                        acc[r][p] = S::load(c.add(r * c_stride + p * LANES));
+                    }
+                }
+            }
+            for k in 0..inputs {
+                let mut weights = [S::splat(0.0); P];
+                for p in 0..P {
+                    weights[p] = S::load(w[p].add(k * LANES));
+                }
+                for r in 0..R {
+                    let x = S::splat(*x.add(r * XR + k * XK));
+                    for p in 0..P {
+                        acc[r][p] = S::fma(x, weights[p], acc[r][p]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for p in 0..P {
+                    S::store(c.add(r * c_stride + p * LANES), acc[r][p]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! A model opened as the global options say.
+
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Deserialize;
+
+use super::error::CliError;
+use super::options::{Device, GlobalOptions};
+use super::progress::{Progress, Unit};
+use crate::backend::cpu::Cpu;
+use crate::backend::cpu::simd::Isa;
+use crate::backend::sampling::SamplingParams;
+use crate::engine::{Engine, EngineError, ScoreRequest};
+use crate::model::files::{ModelFiles, TextSource};
+use crate::model::forward::Model;
+use crate::model::text::{ChatMessage, ChatRequest, ChatTemplate, TextError, Tokenizer};
+use crate::model::{default_model, hub};
+use crate::ranker::{Ranker, builtin, find_builtin};
+use crate::tasks::candidates::{Candidates, Item, Prompt};
+use crate::tasks::feature_file::FeatureSource;
+
+/// Instruction set to run with instead of the best one, for tests: `avx512`, `avx2` or `portable`.
+const ISA_VARIABLE: &str = "PODIUM_ISA";
+/// Temperature where neither the command nor the model's files name one.
+const DEFAULT_TEMPERATURE: f32 = 0.7;
+/// Longest `generation_config.json` that is read.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// A model, ready to answer.
+pub struct Session {
+    pub engine: Engine<Cpu>,
+    /// Or why there is none, which matters only to those who come with text.
+    tokenizer: Result<Arc<Tokenizer>, TextError>,
+    template: Result<ChatTemplate, TextError>,
+    /// How the model's makers sample from it.
+    pub sampling: SamplingParams,
+    pub verbose: bool,
+}
+
+impl Session {
+    pub fn open(options: &GlobalOptions) -> Result<Session, CliError> {
+        let started = Instant::now();
+        let backend = backend(options)?;
+        let path = match &options.model {
+            Some(model) => hub::resolve(model)?,
+            None => default_model::path()?,
+        };
+        let files = ModelFiles::open(&path)?;
+        let tokenizer = Tokenizer::from_source(files.text_source()).map(Arc::new);
+        let template = match &tokenizer {
+            Ok(tokenizer) => ChatTemplate::from_source(files.text_source(), tokenizer),
+            Err(_) => Err(TextError::NoChatTemplate),
+        };
+        let sampling = generation_defaults(&files);
+        let bytes = files
+            .tensor_names()
+            .map(|name| files.tensor(name).map(|tensor| tensor.data.len() as u64));
+        let progress = Progress::new("loading", Some(bytes.sum::<Result<u64, _>>()?), Unit::Bytes);
+        let model = Model::load(backend, &files, &mut |bytes| progress.advance(bytes))?;
+        drop(progress);
+        let engine = match &tokenizer {
+            Ok(tokenizer) => Engine::new(model, tokenizer.clone())?,
+            Err(_) => Engine::without_text(model)?,
+        };
+        let session = Session {
+            engine,
+            tokenizer,
+            template,
+            sampling,
+            verbose: options.verbose,
+        };
+        session.log(|| {
+            let (model, config) = (session.engine.model(), session.engine.config());
+            format!(
+                "model {} ({}, {} layers, hidden size {}, context {}, fingerprint {}) on {}, opened in {:.2} s",
+                model.name,
+                config.architecture,
+                config.layers,
+                config.hidden_size,
+                config.max_position_embeddings,
+                model.fingerprint,
+                crate::backend::Backend::name(&model.backend),
+                started.elapsed().as_secs_f64(),
+            )
+        });
+        Ok(session)
+    }
+
+    /// A line on standard error, with `-v`.
+    pub fn log(&self, line: impl FnOnce() -> String) {
+        if self.verbose {
+            eprintln!("podium: {}", line());
+        }
+    }
+
+    /// Whether the model is one that answers chats.
+    pub fn has_template(&self) -> bool {
+        !matches!(self.template, Err(TextError::NoChatTemplate))
+    }
+
+    /// # Errors
+    /// What is wrong with the tokenizer's files.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, CliError> {
+        self.tokenizer
+            .as_deref()
+            .map_err(|error| CliError::Failed(error.to_string()))
+    }
+
+    /// A chat as the text that the model was trained on.
+    pub fn render(&self, messages: &[ChatMessage]) -> Result<String, CliError> {
+        match &self.template {
+            Ok(template) => Ok(template.render(&ChatRequest::new(messages))?),
+            Err(error) => Err(CliError::Failed(error.to_string())),
+        }
+    }
+
+    /// The token ids of a prompt: those given; of plain text with the tokens that the model expects
+    /// around it; of a chat as its template has it.
+    pub fn prompt_tokens(&self, prompt: &Prompt) -> Result<Vec<u32>, CliError> {
+        Ok(match prompt {
+            Prompt::TokenIds(token_ids) => token_ids.clone(),
+            Prompt::Text(text) => self.tokenizer()?.encode(text, true)?,
+            Prompt::Messages(messages) => {
+                self.tokenizer()?.encode(&self.render(messages)?, false)?
+            }
+        })
+    }
+
+    /// The token ids of candidates: those given, or their text's by itself, without special tokens.
+    fn candidate_tokens(&self, candidates: &Candidates) -> Result<Vec<Vec<u32>>, CliError> {
+        match candidates {
+            Candidates::TokenIds(token_ids) => Ok(token_ids.clone()),
+            Candidates::Texts(texts) => {
+                let tokenizer = self.tokenizer()?;
+                texts
+                    .iter()
+                    .map(|text| Ok(tokenizer.encode(text, false)?))
+                    .collect()
+            }
+        }
+    }
+
+    /// An item's prompt and candidates as token ids.
+    pub fn score_request(&self, item: &Item) -> Result<ScoreRequest, CliError> {
+        let candidates = item.candidates.as_ref().ok_or_else(|| {
+            CliError::Failed(
+                "it has no candidates: give `candidates` or `candidate_token_ids`".to_string(),
+            )
+        })?;
+        Ok(ScoreRequest {
+            prompt_token_ids: self.prompt_tokens(&item.prompt)?,
+            candidate_token_ids: self.candidate_tokens(candidates)?,
+            ..ScoreRequest::default()
+        })
+    }
+
+    /// Where features of this model and layer come from; refuses a layer that it does not have.
+    pub fn feature_source(&self, layer: usize) -> Result<FeatureSource, CliError> {
+        let (model, config) = (self.engine.model(), self.engine.config());
+        if layer > config.layers {
+            return Err(EngineError::UnknownLayer {
+                layer,
+                layers: config.layers,
+            }
+            .into());
+        }
+        Ok(FeatureSource {
+            layer,
+            model: model.name.clone(),
+            fingerprint: model.fingerprint.clone(),
+            hidden_size: config.hidden_size,
+        })
+    }
+
+    /// The ranker in a file, or the built-in one of that name; checked against the model.
+    pub fn ranker(&self, name: &str) -> Result<Arc<Ranker>, CliError> {
+        let (model, config) = (self.engine.model(), self.engine.config());
+        let path = Path::new(name);
+        let ranker = if path.exists() {
+            Ranker::load(path)?
+        } else {
+            let looks_like_a_path =
+                name.contains(std::path::MAIN_SEPARATOR) || path.extension().is_some();
+            let known = builtin().iter().any(|ranker| ranker.config().name == name);
+            match find_builtin(name, &model.fingerprint) {
+                Ok(ranker) => ranker.clone(),
+                Err(_) if looks_like_a_path && !known => return Err(no_such_ranker(name)),
+                Err(error) => return Err(error.into()),
+            }
+        };
+        ranker.check_model(&model.fingerprint, config.hidden_size, config.layers)?;
+        self.log(|| {
+            let config = ranker.config();
+            format!(
+                "ranker {} ({} parameters, layer {})",
+                config.name,
+                ranker.parameters(),
+                config.layer
+            )
+        });
+        Ok(Arc::new(ranker))
+    }
+}
+
+fn no_such_ranker(name: &str) -> CliError {
+    let names: Vec<&str> = builtin()
+        .iter()
+        .map(|ranker| ranker.config().name.as_str())
+        .collect();
+    let known = if names.is_empty() {
+        "none".to_string()
+    } else {
+        names.join(", ")
+    };
+    CliError::Failed(format!(
+        "ranker {name}: no such file, and no built-in ranker has that name (built in: {known})"
+    ))
+}
+
+/// The device that was asked for.
+fn backend(options: &GlobalOptions) -> Result<Cpu, CliError> {
+    let threads = options.threads()?;
+    match options.device {
+        Device::Auto | Device::Cpu => {}
+        Device::Cuda { index } => {
+            return Err(CliError::Failed(format!(
+                "--device cuda:{index}: this build has no CUDA kernels; use --device cpu"
+            )));
+        }
+        Device::Emulate => {
+            return Err(CliError::Failed(
+                "--device emulate: this build has no CUDA kernels to emulate; use --device cpu"
+                    .to_string(),
+            ));
+        }
+    }
+    Ok(Cpu::new(threads, isa()?)?)
+}
+
+/// The instruction set: the best, unless the environment names another.
+pub fn isa() -> Result<Isa, CliError> {
+    let Some(wanted) = std::env::var_os(ISA_VARIABLE).filter(|wanted| !wanted.is_empty()) else {
+        return Ok(Isa::best());
+    };
+    let available = Isa::available();
+    available
+        .iter()
+        .copied()
+        .find(|isa| *isa.name() == *wanted)
+        .ok_or_else(|| {
+            let names: Vec<&str> = available.iter().map(|isa| isa.name()).collect();
+            CliError::Usage(format!(
+                "{ISA_VARIABLE}={}: this processor runs {}",
+                wanted.to_string_lossy(),
+                names.join(", ")
+            ))
+        })
+}
+
+/// The fields of `generation_config.json` that concern sampling.
+#[derive(Default, Deserialize)]
+struct GenerationConfig {
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<usize>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+}
+
+/// What `generation_config.json` recommends, where a model has one that makes sense.
+fn generation_defaults(files: &ModelFiles) -> SamplingParams {
+    let config = match files.text_source() {
+        TextSource::Folder(folder) => {
+            read_generation_config(&folder.join("generation_config.json"))
+        }
+        TextSource::Gguf(_) => None,
+    };
+    let config = config.unwrap_or_default();
+    let off = SamplingParams::default();
+    let recommended = SamplingParams {
+        temperature: config.temperature.unwrap_or(DEFAULT_TEMPERATURE),
+        top_p: config.top_p.unwrap_or(off.top_p),
+        top_k: config.top_k.unwrap_or(off.top_k),
+        min_p: config.min_p.unwrap_or(off.min_p),
+        repetition_penalty: config.repetition_penalty.unwrap_or(off.repetition_penalty),
+    };
+    match recommended.validate() {
+        Ok(()) if recommended.temperature > 0.0 => recommended,
+        _ => SamplingParams {
+            temperature: DEFAULT_TEMPERATURE,
+            ..off
+        },
+    }
+}
+
+fn read_generation_config(path: &Path) -> Option<GenerationConfig> {
+    let mut text = String::new();
+    std::fs::File::open(path)
+        .ok()?
+        .take(MAX_CONFIG_BYTES)
+        .read_to_string(&mut text)
+        .ok()?;
+    serde_json::from_str(&text).ok()
+}
