@@ -1,6 +1,7 @@
 //! The CPU backend: rayon threads, SIMD chosen at run time.
 
 pub mod attention;
+mod filter;
 pub mod kv_cache;
 pub mod limits;
 pub mod matmul;
