@@ -179,7 +179,7 @@ impl Session {
     pub fn ranker(&self, name: &str) -> Result<Arc<Ranker>, CliError> {
         let (model, config) = (self.engine.model(), self.engine.config());
         let path = Path::new(name);
-        let ranker = if path.exists() {
+        let ranker = if path.is_file() {
             Ranker::load(path)?
         } else {
             let looks_like_a_path =
