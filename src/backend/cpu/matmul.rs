@@ -443,17 +443,28 @@ struct Gemv<'a, F> {
 
 impl<F: Format> Kernel for Gemv<'_, F> {
     type Output = ();
+    // Counted loops are unrolled early, so that the sums stay in registers.
+    #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         unsafe {
             let mut acc = [S::splat(0.0); GEMV_PANELS];
+            // A panel is too short a run for the processor to notice it in time: the same place of
+            // the next panels, which follow in memory, is asked for while these are computed.
+            let unit_bytes = F::BLOCK_BYTES / (F::BLOCK_INPUTS / UNIT);
+            let ahead = GEMV_PANELS * self.width.div_ceil(F::BLOCK_INPUTS) * F::BLOCK_BYTES;
             for block in 0..self.width.div_ceil(F::BLOCK_INPUTS) {
                 for unit in 0..F::BLOCK_INPUTS / UNIT {
                     let x = self.x.add(block * F::BLOCK_INPUTS + unit * UNIT);
-                    for (panel, acc) in self.panels.iter().zip(&mut acc) {
-                        let weights = F::unit::<S>(panel.add(block * F::BLOCK_BYTES), unit);
-                        for (i, weight) in weights.into_iter().enumerate() {
-                            *acc = S::fma(S::splat(*x.add(i)), weight, *acc);
+                    for p in 0..GEMV_PANELS {
+                        let packed = self.panels[p].add(block * F::BLOCK_BYTES);
+                        for line in (0..unit_bytes).step_by(64) {
+                            let here = packed.wrapping_add(unit * unit_bytes + line);
+                            S::prefetch(here.wrapping_add(ahead));
+                        }
+                        let weights = F::unit::<S>(packed, unit);
+                        for i in 0..UNIT {
+                            acc[p] = S::fma(S::splat(*x.add(i)), weights[i], acc[p]);
                         }
                     }
                 }

@@ -36,6 +36,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// and called from several places.
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output;
 
+    /// Asks for the cache line of an address that will be read soon; any address will do.
+    unsafe fn prefetch(p: *const u8);
+
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
     unsafe fn store(p: *mut f32, v: Self::V);
