@@ -109,7 +109,7 @@ pub fn select(strategy: Strategy, candidates: &[CandidateFacts<'_>]) -> Result<u
     }
     let highest = |fact: fn(&CandidateFacts<'_>) -> f64| first_highest(candidates.iter().map(fact));
     match strategy {
-        // Beam search gives its answers best first.
+        // Beam search hands over its beams best first.
         Strategy::First | Strategy::Greedy | Strategy::Beam => Ok(0),
         Strategy::Logprob => Ok(highest(|candidate| candidate.mean_logprob())),
         Strategy::SelfCertainty => Ok(highest(|candidate| candidate.self_certainty)),
