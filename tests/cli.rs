@@ -36,24 +36,49 @@ fn json_of(model: &ChatModel, arguments: &[&str]) -> Value {
 }
 
 fn lines(text: &str) -> Vec<Value> {
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|number| number.as_f64().unwrap())
+        .collect()
 }
 
 fn first_highest(numbers: &[f64]) -> u64 {
     let highest = numbers.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    numbers.iter().position(|&number| number == highest).unwrap() as u64
+    numbers
+        .iter()
+        .position(|&number| number == highest)
+        .unwrap() as u64
 }
 
 #[test]
 fn generate_prints_the_object_of_the_contract() {
     let model = ChatModel::new(1);
-    let report = json_of(&model, &["generate", "Hello", "--n", "3", "--max-tokens", "5", "--seed", "4"]);
+    let report = json_of(
+        &model,
+        &[
+            "generate",
+            "Hello",
+            "--n",
+            "3",
+            "--max-tokens",
+            "5",
+            "--seed",
+            "4",
+        ],
+    );
     assert_eq!(report["prompt"], "Hello");
-    assert_eq!(report["messages"], json!([{"role": "user", "content": "Hello"}]));
+    assert_eq!(
+        report["messages"],
+        json!([{"role": "user", "content": "Hello"}])
+    );
     assert_eq!(report["strategy"], "logprob");
     assert_eq!(report["seed"], 4);
     let candidates = report["candidates"].as_array().unwrap();
@@ -72,10 +97,16 @@ fn generate_prints_the_object_of_the_contract() {
         tokens += length;
     }
     assert_eq!(report["usage"]["completion_tokens"], tokens);
-    let means: Vec<f64> = candidates.iter().map(|c| c["mean_logprob"].as_f64().unwrap()).collect();
+    let means: Vec<f64> = candidates
+        .iter()
+        .map(|c| c["mean_logprob"].as_f64().unwrap())
+        .collect();
     assert_eq!(report["selected"], first_highest(&means));
     for timing in ["prefill_s", "decode_s", "rank_s", "decode_tokens_per_s"] {
-        assert!(report["timings"][timing].as_f64().unwrap() >= 0.0, "{timing}");
+        assert!(
+            report["timings"][timing].as_f64().unwrap() >= 0.0,
+            "{timing}"
+        );
     }
 }
 
@@ -83,9 +114,22 @@ fn generate_prints_the_object_of_the_contract() {
 fn a_seed_fixes_every_candidate_whatever_n_and_threads_are() {
     let model = ChatModel::new(1);
     let candidates = |n: &str, threads: &str| {
-        let arguments =
-            ["generate", "Hi", "--n", n, "--threads", threads, "--max-tokens", "12", "--seed", "9"];
-        json_of(&model, &arguments)["candidates"].as_array().unwrap().clone()
+        let arguments = [
+            "generate",
+            "Hi",
+            "--n",
+            n,
+            "--threads",
+            threads,
+            "--max-tokens",
+            "12",
+            "--seed",
+            "9",
+        ];
+        json_of(&model, &arguments)["candidates"]
+            .as_array()
+            .unwrap()
+            .clone()
     };
     let many = candidates("7", "2");
     assert_eq!(candidates("7", "1"), many);
@@ -97,29 +141,58 @@ fn a_seed_fixes_every_candidate_whatever_n_and_threads_are() {
 #[test]
 fn the_chosen_text_alone_goes_to_standard_output() {
     let model = ChatModel::new(1);
-    let arguments = ["generate", "Hi", "--n", "4", "--max-tokens", "6", "--seed", "2"];
+    let arguments = [
+        "generate",
+        "Hi",
+        "--n",
+        "4",
+        "--max-tokens",
+        "6",
+        "--seed",
+        "2",
+    ];
     let report = json_of(&model, &arguments);
     let chosen = &report["candidates"][report["selected"].as_u64().unwrap() as usize];
     let text = chosen["text"].as_str().unwrap();
-    let output = podium(&model, &arguments).assert().success().get_output().clone();
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{text}\n"));
+    let output = podium(&model, &arguments)
+        .assert()
+        .success()
+        .get_output()
+        .clone();
+    assert_eq!(
+        String::from_utf8(output.stdout).unwrap(),
+        format!("{text}\n")
+    );
     let work = String::from_utf8(output.stderr).unwrap();
-    assert!(work.contains("tokens/s") && work.contains("seed 2"), "{work}");
+    assert!(
+        work.contains("tokens/s") && work.contains("seed 2"),
+        "{work}"
+    );
 
     let all = stdout(podium(&model, &[&arguments[..], &["--all"]].concat()));
     for candidate in report["candidates"].as_array().unwrap() {
         assert!(all.contains(candidate["text"].as_str().unwrap()));
     }
-    let marked: Vec<&str> = all.lines().filter(|line| line.ends_with(", chosen")).collect();
+    let marked: Vec<&str> = all
+        .lines()
+        .filter(|line| line.ends_with(", chosen"))
+        .collect();
     assert_eq!(marked.len(), 1, "{all}");
-    assert!(marked[0].starts_with(&format!("* [{}] ", report["selected"])), "{}", marked[0]);
+    assert!(
+        marked[0].starts_with(&format!("* [{}] ", report["selected"])),
+        "{}",
+        marked[0]
+    );
 }
 
 #[test]
 fn prompts_come_from_standard_input_too() {
     let model = ChatModel::new(1);
     let arguments = ["--n", "1", "--max-tokens", "4", "--seed", "1"];
-    let expected = stdout(podium(&model, &[&["generate", "Hello"], &arguments[..]].concat()));
+    let expected = stdout(podium(
+        &model,
+        &[&["generate", "Hello"], &arguments[..]].concat(),
+    ));
     for command in [&["generate"][..], &["generate", "-"]] {
         let mut piped = podium(&model, &[command, &arguments[..]].concat());
         piped.write_stdin("Hello\n");
@@ -145,7 +218,16 @@ fn raw_prompts_have_no_template_around_them() {
 fn stop_strings_cut_the_answer() {
     let model = ChatModel::new(1);
     let generate = |stop: &[&str]| {
-        let base = ["generate", "Hello", "--n", "1", "--max-tokens", "20", "--seed", "1"];
+        let base = [
+            "generate",
+            "Hello",
+            "--n",
+            "1",
+            "--max-tokens",
+            "20",
+            "--seed",
+            "1",
+        ];
         json_of(&model, &[&base[..], stop].concat())["candidates"][0].clone()
     };
     let free = generate(&[]);
@@ -162,7 +244,15 @@ fn stop_strings_cut_the_answer() {
 fn a_ranker_scores_and_chooses() {
     let model = ChatModel::new(1);
     let ranker = model.ranker("mine", &[]);
-    let base = ["generate", "Hello", "--n", "5", "--max-tokens", "6", "--ranker"];
+    let base = [
+        "generate",
+        "Hello",
+        "--n",
+        "5",
+        "--max-tokens",
+        "6",
+        "--ranker",
+    ];
     let arguments = [&base[..], &[ranker.to_str().unwrap()]].concat();
     let report = json_of(&model, &arguments);
     assert_eq!(report["strategy"], "ranker");
@@ -174,16 +264,37 @@ fn a_ranker_scores_and_chooses() {
         .map(|candidate| candidate["score"].as_f64().unwrap())
         .collect();
     assert_eq!(report["selected"], first_highest(&scores));
-    assert!(scores.iter().any(|score| *score != scores[0]), "scores differ");
+    assert!(
+        scores.iter().any(|score| *score != scores[0]),
+        "scores differ"
+    );
     let report = json_of(&model, &[&arguments[..], &["--select", "first"]].concat());
-    assert_eq!((&report["strategy"], &report["selected"]), (&json!("first"), &json!(0)));
+    assert_eq!(
+        (&report["strategy"], &report["selected"]),
+        (&json!("first"), &json!(0))
+    );
 }
 
 #[test]
 fn every_strategy_answers() {
     let model = ChatModel::new(1);
-    for strategy in ["first", "greedy", "beam", "majority", "logprob", "self-certainty"] {
-        let base = ["generate", "Hello", "--n", "3", "--max-tokens", "6", "--select"];
+    for strategy in [
+        "first",
+        "greedy",
+        "beam",
+        "majority",
+        "logprob",
+        "self-certainty",
+    ] {
+        let base = [
+            "generate",
+            "Hello",
+            "--n",
+            "3",
+            "--max-tokens",
+            "6",
+            "--select",
+        ];
         let report = json_of(&model, &[&base[..], &[strategy]].concat());
         assert_eq!(report["strategy"], strategy);
         let candidates = report["candidates"].as_array().unwrap().len();
@@ -197,7 +308,10 @@ fn feature_rows(path: &Path, name: &str) -> Vec<Vec<f32>> {
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let numbers = tensors.tensor(name).unwrap();
     let (rows, _) = numbers.data().as_chunks::<4>();
-    let numbers: Vec<f32> = rows.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+    let numbers: Vec<f32> = rows
+        .iter()
+        .map(|&bytes| f32::from_le_bytes(bytes))
+        .collect();
     numbers.chunks(HIDDEN_SIZE).map(<[f32]>::to_vec).collect()
 }
 
@@ -235,13 +349,24 @@ fn items_of_a_file_are_answered_scored_and_turned_into_features() {
     let written = lines(&std::fs::read_to_string(path("candidates.jsonl")).unwrap());
     assert_eq!(written.len(), 4);
     assert_eq!(written[0]["reference"], "three");
-    assert!(written[0].get("labels").is_none(), "labels of other candidates are gone");
-    assert_eq!(written[1]["id"], 1, "an item without an id is called by its number");
+    assert!(
+        written[0].get("labels").is_none(),
+        "labels of other candidates are gone"
+    );
+    assert_eq!(
+        written[1]["id"], 1,
+        "an item without an id is called by its number"
+    );
     assert_eq!(written[1]["key"], items[1]["key"]);
     assert_eq!(written[2]["messages"], items[2]["messages"]);
     let mut seeds = std::collections::HashSet::new();
     for line in &written {
-        for field in ["candidates", "candidate_token_ids", "mean_logprob", "length"] {
+        for field in [
+            "candidates",
+            "candidate_token_ids",
+            "mean_logprob",
+            "length",
+        ] {
             assert_eq!(line[field].as_array().unwrap().len(), 4, "{field}");
         }
         for field in ["cumulative_logprob", "self_certainty", "finish_reasons"] {
@@ -258,14 +383,30 @@ fn items_of_a_file_are_answered_scored_and_turned_into_features() {
     let seed = written[0]["seed"].to_string();
     let alone = json_of(
         &model,
-        &["generate", "--raw", "One two", "--n", "4", "--max-tokens", "7", "--seed", &seed],
+        &[
+            "generate",
+            "--raw",
+            "One two",
+            "--n",
+            "4",
+            "--max-tokens",
+            "7",
+            "--seed",
+            &seed,
+        ],
     );
     for (index, candidate) in alone["candidates"].as_array().unwrap().iter().enumerate() {
-        assert_eq!(candidate["token_ids"], written[0]["candidate_token_ids"][index]);
+        assert_eq!(
+            candidate["token_ids"],
+            written[0]["candidate_token_ids"][index]
+        );
     }
 
     // Scoring the written lines gives the log-probabilities that decoding saw.
-    let scored = lines(&stdout(podium(&model, &["score", "--logprobs", &path("candidates.jsonl")])));
+    let scored = lines(&stdout(podium(
+        &model,
+        &["score", "--logprobs", &path("candidates.jsonl")],
+    )));
     for (line, scored) in written.iter().zip(&scored) {
         assert_eq!(line["id"], scored["id"]);
         assert_eq!(line["candidate_token_ids"], scored["token_ids"]);
@@ -280,7 +421,14 @@ fn items_of_a_file_are_answered_scored_and_turned_into_features() {
 
     // And features taken while decoding are those of the text.
     let output = path("given.safetensors");
-    let arguments = ["features", &path("candidates.jsonl"), "-o", &output, "--layer", "0.75"];
+    let arguments = [
+        "features",
+        &path("candidates.jsonl"),
+        "-o",
+        &output,
+        "--layer",
+        "0.75",
+    ];
     assert_eq!(stdout(podium(&model, &arguments)), "");
     for tensor in ["prompt", "candidates"] {
         let decoded = feature_rows(Path::new(&path("decoded.safetensors")), tensor);
@@ -296,13 +444,27 @@ fn items_of_a_file_are_answered_scored_and_turned_into_features() {
     let bytes = std::fs::read(&output).unwrap();
     let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
     let metadata = metadata.metadata().clone().unwrap();
-    assert_eq!((&*metadata["layer"], &*metadata["hidden_size"]), ("3", "32"));
+    assert_eq!(
+        (&*metadata["layer"], &*metadata["hidden_size"]),
+        ("3", "32")
+    );
 }
 
 #[test]
 fn plain_prompts_become_chats_where_asked() {
     let model = ChatModel::new(1);
-    let arguments = ["generate", "--input", "-", "--chat", "--system", "S", "--n", "1", "--max-tokens", "2"];
+    let arguments = [
+        "generate",
+        "--input",
+        "-",
+        "--chat",
+        "--system",
+        "S",
+        "--n",
+        "1",
+        "--max-tokens",
+        "2",
+    ];
     let mut command = podium(&model, &arguments);
     command.write_stdin("{\"prompt\":\"Hi\"}\n");
     let line = lines(&stdout(command)).remove(0);
@@ -316,7 +478,17 @@ fn score_ranks_given_candidates_as_generate_does() {
     let model = ChatModel::new(1);
     let ranker = model.ranker("both", &[ExtraInput::MeanLogprob, ExtraInput::Length]);
     let ranker = ranker.to_str().unwrap();
-    let base = ["generate", "--input", "-", "--n", "6", "--max-tokens", "9", "--seed", "3"];
+    let base = [
+        "generate",
+        "--input",
+        "-",
+        "--n",
+        "6",
+        "--max-tokens",
+        "9",
+        "--seed",
+        "3",
+    ];
     let mut command = podium(&model, &[&base[..], &["--ranker", ranker]].concat());
     command.write_stdin("{\"id\":\"x\",\"prompt\":\"Hello you\"}\n");
     let mut written = lines(&stdout(command)).remove(0);
@@ -328,7 +500,10 @@ fn score_ranks_given_candidates_as_generate_does() {
     let close = |scored: &Value| {
         let (given, found) = (numbers(&written["scores"]), numbers(&scored["scores"]));
         // Extra inputs are rounded on the way through text; scores are of the order of one.
-        given.iter().zip(&found).all(|(given, found)| (given - found).abs() < 1e-4)
+        given
+            .iter()
+            .zip(&found)
+            .all(|(given, found)| (given - found).abs() < 1e-4)
     };
     let scored = score(&written);
     assert!(close(&scored));
@@ -353,8 +528,14 @@ fn commands_explain_themselves_with_examples() {
         let mut help = cargo_bin_cmd!("podium");
         help.args([command, "--help"]);
         let text = stdout(help);
-        assert!(text.contains("Examples:") && text.contains(&format!("podium {command}")), "{text}");
-        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+        assert!(
+            text.contains("Examples:") && text.contains(&format!("podium {command}")),
+            "{text}"
+        );
+        assert!(
+            text.lines().all(|line| line.chars().count() <= 100),
+            "{text}"
+        );
     }
 }
 
@@ -375,7 +556,17 @@ fn devices_tell_what_there_is() {
 #[test]
 fn bench_reports_rates_and_their_share_of_the_limits() {
     let model = ChatModel::new(1);
-    let base = ["bench", "--n", "1,4", "--prompt-tokens", "20", "--steps", "3", "--rounds", "1"];
+    let base = [
+        "bench",
+        "--n",
+        "1,4",
+        "--prompt-tokens",
+        "20",
+        "--steps",
+        "3",
+        "--rounds",
+        "1",
+    ];
     let report = json_of(&model, &base);
     let limits = &report["limits"];
     for limit in ["read_gb_per_s", "copy_gb_per_s", "fma_gflop_per_s"] {
@@ -418,7 +609,17 @@ fn ctrl_c_ends_with_the_texts_so_far() {
     // More tokens than anybody waits for.
     let model = ChatModel::with_context(1, 1 << 20);
     let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin!("podium"))
-        .args(["generate", "Hello", "--max-tokens", "500000", "--n", "2", "-v", "--json", "--model"])
+        .args([
+            "generate",
+            "Hello",
+            "--max-tokens",
+            "500000",
+            "--n",
+            "2",
+            "-v",
+            "--json",
+            "--model",
+        ])
         .arg(model.path())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -428,7 +629,9 @@ fn ctrl_c_ends_with_the_texts_so_far() {
     // Said right before Ctrl-C is caught.
     while !messages.next().unwrap().unwrap().contains("prompt tokens") {}
     std::thread::sleep(Duration::from_millis(500));
-    let signal = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    let signal = std::process::Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
     assert!(signal.unwrap().success());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));

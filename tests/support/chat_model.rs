@@ -111,7 +111,10 @@ fn random(seed: u64, stream: u32, count: usize, width: f32) -> Vec<f32> {
 
 fn write_weights(seed: u64, path: &Path) {
     let mut shapes = BTreeMap::from([
-        ("model.embed_tokens".to_string(), vec![VOCAB_SIZE, HIDDEN_SIZE]),
+        (
+            "model.embed_tokens".to_string(),
+            vec![VOCAB_SIZE, HIDDEN_SIZE],
+        ),
         ("model.norm".to_string(), vec![HIDDEN_SIZE]),
     ]);
     for layer in 0..LAYERS {
@@ -136,12 +139,18 @@ fn write_weights(seed: u64, path: &Path) {
             let numbers = random(seed, stream as u32, shape.iter().product(), 1.0);
             // Norms around 1, so that activations stay in range.
             let shift = if name.ends_with("norm") { 1.0 } else { 0.0 };
-            let bytes = numbers.iter().flat_map(|x| (x + shift).to_le_bytes()).collect();
+            let bytes = numbers
+                .iter()
+                .flat_map(|x| (x + shift).to_le_bytes())
+                .collect();
             (format!("{name}.weight"), shape, bytes)
         })
         .collect();
     let views = tensors.iter().map(|(name, shape, bytes)| {
-        (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+        (
+            name,
+            TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap(),
+        )
     });
     safetensors::serialize_to_file(views, None, path).unwrap();
 }
