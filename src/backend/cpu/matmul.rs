@@ -810,7 +810,7 @@ mod tests {
                     tanh_form,
                     &mut gelu,
                 );
-                for output in 0..outputs {
+                for (output, before) in before.iter().enumerate() {
                     let (g, u) = (
                         product(&gate, output, output),
                         product(&up, output, outputs + output),
@@ -818,7 +818,7 @@ mod tests {
                     check(&out, output, g, "store");
                     check(&out, outputs + output, u, "store");
                     check(&capped, output, 3.0 * (g / 3.0).tanh(), "softcap");
-                    check(&added, output, g + f64::from(before[output]), "add");
+                    check(&added, output, g + f64::from(*before), "add");
                     check(&silu, output, g / (1.0 + (-g).exp()) * u, "silu");
                     let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
                     check(&gelu, output, 0.5 * g * (1.0 + inner.tanh()) * u, "gelu");
