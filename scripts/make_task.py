@@ -12,7 +12,9 @@ Then let podium write candidates for each item, and label them with scripts/labe
 """
 
 import argparse
+import itertools
 import json
+import random
 from pathlib import Path
 
 import reasoning_gym
@@ -23,6 +25,8 @@ TASKS = {
 }
 SOLVED_EXAMPLES = 4
 STOP = "\n"
+# Entries that are looked at before a task counts as used up.
+STREAM = 100_000
 
 
 def key_of(task, entry):
@@ -33,9 +37,9 @@ def key_of(task, entry):
 
 
 def entries(task, seed):
-    """Entries of fresh keys, without end as long as there are some."""
+    """Entries of fresh keys, in reasoning-gym's order."""
     # reasoning-gym makes entry i from seed + i, so one data set is a stream of its own.
-    dataset = reasoning_gym.create_dataset(task, seed=seed, size=1_000_000, **TASKS[task])
+    dataset = reasoning_gym.create_dataset(task, seed=seed, size=STREAM, **TASKS[task])
     seen = set()
     for index in range(len(dataset)):
         entry = dataset[index]
@@ -68,18 +72,25 @@ def main():
             break
     examples = "".join(f"{question_text(entry)} {entry['answer']}\n\n" for entry in solved)
 
+    # A task may have few questions (1830 pairs for gcd): as they are used up, what is still fresh drifts
+    # (to pairs without a common divisor). So all items are drawn first and split at random. The first
+    # one is a test item whatever the seed of the split: a demonstration can rely on it.
+    pool = list(itertools.islice(stream, options.test + options.train))
+    if len(pool) < options.test + options.train:
+        raise SystemExit(f"{options.task} has only {len(pool)} fresh items among {STREAM}")
+    rest = pool[1:]
+    random.Random(options.seed).shuffle(rest)
+    pool[1:] = rest
+
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    for split, count in [("test", options.test), ("train", options.train)]:
+    for split, chosen in [("test", pool[: options.test]), ("train", pool[options.test :])]:
         with open(folder / f"{split}.jsonl", "w") as file:
-            for number in range(count):
-                key, entry = next(stream, (None, None))
-                if key is None:
-                    raise SystemExit(f"{options.task} has no more than {number} fresh items for {split}")
+            for number, (key, entry) in enumerate(chosen):
                 item = {"id": f"{options.task}-{split}-{number}", "key": key, "task": options.task}
                 item |= {"prompt": examples + question_text(entry), "reference": entry["answer"], "stop": STOP}
                 file.write(json.dumps(item) + "\n")
-        print(f"{folder / f'{split}.jsonl'}: {count} items")
+        print(f"{folder / f'{split}.jsonl'}: {len(chosen)} items")
 
 
 if __name__ == "__main__":

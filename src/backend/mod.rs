@@ -127,7 +127,12 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
     /// Makes page `to` a copy of page `from`, in every layer.
-    fn copy_page(&self, kv: &mut Self::KvCache, from: PageId, to: PageId) -> Result<(), BackendError>;
+    fn copy_page(
+        &self,
+        kv: &mut Self::KvCache,
+        from: PageId,
+        to: PageId,
+    ) -> Result<(), BackendError>;
     /// Makes room for the batch's pages and readies its positions. `ropes` are all that its layers use.
     fn plan(
         &self,

@@ -1,43 +1,47 @@
 //! `podium generate --input`: candidates for every item of a file, with their features.
 
-use std::io::{self, Write};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::error::CliError;
-use super::generate::GenerateOptions;
+use super::generate::{GenerateOptions, chat};
 use super::interrupt;
 use super::options::GlobalOptions;
+use super::output::Output;
 use super::progress::{Progress, Unit};
 use super::session::Session;
 use crate::backend::random::philox4x32;
 use crate::engine::{Candidate, Generated};
-use crate::model::text::ChatMessage;
 use crate::tasks::candidates::{CandidateFile, Item, Prompt};
-use crate::tasks::feature_file::{FeatureSource, FeatureWriter};
-use crate::tasks::whole_file::WholeFile;
+use crate::tasks::feature_file::FeatureWriter;
 
-pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> Result<(), CliError> {
+pub fn run(
+    global: &GlobalOptions,
+    options: &GenerateOptions,
+    input: &Path,
+) -> Result<(), CliError> {
     let total = CandidateFile::check(input)?;
     let mut output = Output::open(options.output.as_deref())?;
     let mut session = Session::open(global)?;
-    let ranker = options.ranker.as_deref().map(|name| session.ranker(name)).transpose()?;
+    let ranker = options
+        .ranker
+        .as_deref()
+        .map(|name| session.ranker(name))
+        .transpose()?;
     let layer = options.layer.index(session.engine.config().layers);
     let mut features = match &options.features {
-        Some(path) => Some(FeatureWriter::create(path, feature_source(&session, layer)?)?),
+        Some(path) => Some(FeatureWriter::create(path, session.feature_source(layer)?)?),
         None => None,
     };
     let seed = options.seed();
     session.log(|| format!("seed {seed}"));
     interrupt::catch();
-    let progress = Progress::new("generating", total, Unit::Items);
-    let (mut items, mut tokens, mut seconds) = (0u64, 0, 0.0);
+    let progress = Progress::beside(&output, "generating", total, Unit::Items);
+    let (mut items, mut tokens, mut seconds) = (0, 0, 0.0);
     let mut file = CandidateFile::open(input)?;
-    for (index, item) in file.by_ref().enumerate() {
-        let item = item?;
-        let place = format!("{}:{}", display_name(input), item.line);
-        let seed = item_seed(seed, index as u64);
+    while let Some(item) = file.next().transpose()? {
+        let seed = item_seed(seed, items);
         let (prompt, fields) = as_asked(options, &item);
         let generated = (|| {
             let prompt = session.prompt_tokens(&prompt)?;
@@ -46,21 +50,34 @@ pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> R
                 request.stop = stop.clone();
             }
             request.feature_layers = features.iter().map(|_| layer).collect();
-            Ok(session.engine.generate(&request, &mut |_| interrupt::flow())?)
+            Ok(session
+                .engine
+                .generate(&request, &mut |_| interrupt::flow())?)
         })();
-        let generated = generated.map_err(|error: CliError| error.at(place))?;
+        let generated = generated
+            .map_err(|error: CliError| error.at(format!("{}:{}", file.name(), item.line)))?;
         if interrupt::interrupted() {
             break;
         }
         output.line(&line(&item, fields, &generated, seed))?;
         if let Some(features) = &mut features {
-            let candidates = generated.candidates.iter().map(|candidate| &candidate.features[0][..]);
+            let candidates = generated
+                .candidates
+                .iter()
+                .map(|candidate| &candidate.features[0][..]);
             features.push(&generated.prompt_features[0], candidates)?;
         }
         items += 1;
-        tokens += generated.candidates.iter().map(|candidate| candidate.token_ids.len()).sum::<usize>();
+        tokens += generated
+            .candidates
+            .iter()
+            .map(|candidate| candidate.token_ids.len())
+            .sum::<usize>();
         seconds += generated.timings.decode_s;
-        progress.note(format!("{:.0} tokens/s", tokens as f64 / f64::max(seconds, 1e-9)));
+        progress.note(format!(
+            "{:.0} tokens/s",
+            tokens as f64 / f64::max(seconds, 1e-9)
+        ));
         progress.advance(1);
     }
     drop(progress);
@@ -69,29 +86,15 @@ pub fn run(global: &GlobalOptions, options: &GenerateOptions, input: &Path) -> R
         features.finish()?;
     }
     if interrupt::interrupted() {
-        let of = total.map(|total| format!(" of {total}")).unwrap_or_default();
-        return Err(CliError::Failed(format!("interrupted: wrote the first {items}{of} items")));
+        let of = total
+            .map(|total| format!(" of {total}"))
+            .unwrap_or_default();
+        return Err(CliError::Failed(format!(
+            "interrupted: wrote the first {items}{of} items"
+        )));
     }
     session.log(|| format!("{items} items, {tokens} tokens, decoded in {seconds:.1} s"));
     Ok(())
-}
-
-fn display_name(path: &Path) -> String {
-    if path == Path::new("-") { "standard input".to_string() } else { path.display().to_string() }
-}
-
-/// Where features of this model and layer come from; refuses a layer that it does not have.
-pub fn feature_source(session: &Session, layer: usize) -> Result<FeatureSource, CliError> {
-    let (model, config) = (session.engine.model(), session.engine.config());
-    if layer > config.layers {
-        return Err(crate::engine::EngineError::UnknownLayer { layer, layers: config.layers }.into());
-    }
-    Ok(FeatureSource {
-        layer,
-        model: model.name.clone(),
-        fingerprint: model.fingerprint.clone(),
-        hidden_size: config.hidden_size,
-    })
 }
 
 /// The prompt of an item, and the fields of its line: with `--chat`, a plain prompt becomes the
@@ -108,24 +111,27 @@ fn as_asked(options: &GenerateOptions, item: &Item) -> (Prompt, Map<String, Valu
     (prompt, fields)
 }
 
-/// A chat that a user's message opens.
-pub fn chat(system: Option<&str>, text: &str) -> Vec<ChatMessage> {
-    let system = system.map(|system| ChatMessage::new("system", system));
-    system.into_iter().chain([ChatMessage::new("user", text)]).collect()
-}
-
 /// The item's line: its fields, then what came of them.
 fn line(item: &Item, mut fields: Map<String, Value>, generated: &Generated, seed: u64) -> Value {
     let candidates = &generated.candidates;
     fn each<T: serde::Serialize>(candidates: &[Candidate], of: impl Fn(&Candidate) -> T) -> Value {
-        candidates.iter().map(|candidate| json!(of(candidate))).collect()
+        candidates
+            .iter()
+            .map(|candidate| json!(of(candidate)))
+            .collect()
     }
     let mut results = vec![
         ("candidates", each(candidates, |c| c.text.clone())),
-        ("candidate_token_ids", each(candidates, |c| c.token_ids.clone())),
+        (
+            "candidate_token_ids",
+            each(candidates, |c| c.token_ids.clone()),
+        ),
         ("mean_logprob", each(candidates, Candidate::mean_logprob)),
         ("length", each(candidates, |c| c.token_ids.len())),
-        ("cumulative_logprob", each(candidates, Candidate::cumulative_logprob)),
+        (
+            "cumulative_logprob",
+            each(candidates, Candidate::cumulative_logprob),
+        ),
         ("self_certainty", each(candidates, |c| c.self_certainty)),
         ("finish_reasons", each(candidates, |c| c.finish_reason)),
         ("seed", json!(seed)),
@@ -142,7 +148,11 @@ fn line(item: &Item, mut fields: Map<String, Value>, generated: &Generated, seed
     line.insert("id".to_string(), item.id.clone());
     line.extend(fields);
     line.insert("id".to_string(), item.id.clone());
-    line.extend(results.into_iter().map(|(name, value)| (name.to_string(), value)));
+    line.extend(
+        results
+            .into_iter()
+            .map(|(name, value)| (name.to_string(), value)),
+    );
     Value::Object(line)
 }
 
@@ -155,43 +165,15 @@ pub fn item_seed(seed: u64, index: u64) -> u64 {
     (u64::from(high) << 32 | u64::from(low)) >> 11
 }
 
-/// Lines to a file that is there in whole or not at all, or to standard output.
-pub enum Output {
-    File(WholeFile),
-    Stdout(io::Stdout),
-}
-
-impl Output {
-    pub fn open(path: Option<&Path>) -> Result<Output, CliError> {
-        match path.filter(|path| *path != Path::new("-")) {
-            Some(path) => Ok(Output::File(WholeFile::create(path)?)),
-            None => Ok(Output::Stdout(io::stdout())),
-        }
-    }
-
-    pub fn line(&mut self, line: &Value) -> Result<(), CliError> {
-        match self {
-            Output::File(file) => writeln!(file, "{line}").map_err(|source| file.error(source).into()),
-            Output::Stdout(stdout) => Ok(writeln!(stdout, "{line}").and_then(|()| stdout.flush())?),
-        }
-    }
-
-    pub fn finish(self) -> Result<(), CliError> {
-        match self {
-            Output::File(file) => Ok(file.finish()?),
-            Output::Stdout(_) => Ok(()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn seeds_of_items_differ_and_stay_the_same() {
-        let seeds: std::collections::HashSet<u64> =
-            (0..4).flat_map(|seed| (0..1000).map(move |index| item_seed(seed, index))).collect();
+        let seeds: std::collections::HashSet<u64> = (0..4)
+            .flat_map(|seed| (0..1000).map(move |index| item_seed(seed, index)))
+            .collect();
         assert_eq!(seeds.len(), 4000);
         assert!(seeds.iter().all(|&seed| seed < 1 << 53));
         // Files that were made once can be made again.

@@ -21,7 +21,10 @@ pub enum CliError {
     Failed(String),
     /// What is wrong with one line of a file.
     #[error("{place}: {source}")]
-    Item { place: String, source: Box<CliError> },
+    Item {
+        place: String,
+        source: Box<CliError>,
+    },
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
@@ -73,6 +76,9 @@ impl CliError {
 
     /// Names the line of a file that an error is about.
     pub fn at(self, place: impl Into<String>) -> CliError {
-        CliError::Item { place: place.into(), source: Box::new(self) }
+        CliError::Item {
+            place: place.into(),
+            source: Box::new(self),
+        }
     }
 }

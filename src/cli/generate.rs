@@ -1,18 +1,26 @@
 //! `podium generate`: N candidates for a prompt, and the best of them.
 
+use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{ArgAction, Args, ValueEnum};
 
 use super::error::CliError;
+use super::live::LiveTerminal;
 use super::options::{GlobalOptions, LayerChoice};
+use super::report::{Asked, Report, print_texts, print_work};
 use super::session::Session;
-use super::batch;
+use super::{batch, interrupt};
 use crate::backend::sampling::SamplingParams;
 use crate::engine::select::Strategy;
 use crate::engine::{EngineError, GenerateRequest, MAX_CANDIDATES};
+use crate::model::text::ChatMessage;
 use crate::ranker::Ranker;
+use crate::tasks::candidates::Prompt;
+
+/// Longest prompt that is read from standard input; far beyond any context.
+const MAX_PROMPT_BYTES: u64 = 64 << 20;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -52,7 +60,12 @@ pub struct GenerateOptions {
     pub n: usize,
 
     /// Longest answer, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 256, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 256,
+        allow_negative_numbers = true
+    )]
     pub max_tokens: usize,
 
     #[command(flatten)]
@@ -137,7 +150,9 @@ impl SamplingOptions {
             top_p: self.top_p.unwrap_or(defaults.top_p),
             top_k: self.top_k.unwrap_or(defaults.top_k),
             min_p: self.min_p.unwrap_or(defaults.min_p),
-            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            repetition_penalty: self
+                .repetition_penalty
+                .unwrap_or(defaults.repetition_penalty),
         }
     }
 }
@@ -156,15 +171,101 @@ pub fn run(global: &GlobalOptions, options: &GenerateOptions) -> Result<(), CliE
     options.check()?;
     match &options.input {
         Some(input) => batch::run(global, options, input),
-        None => Err(CliError::Failed("not yet".to_string())),
+        None => answer(global, options),
     }
+}
+
+/// Answers one prompt.
+fn answer(global: &GlobalOptions, options: &GenerateOptions) -> Result<(), CliError> {
+    let text = options.prompt_text()?;
+    let mut session = Session::open(global)?;
+    let ranker = options
+        .ranker
+        .as_deref()
+        .map(|name| session.ranker(name))
+        .transpose()?;
+    let messages = options
+        .is_chat(&session)
+        .then(|| chat(options.system.as_deref(), &text));
+    let prompt = match &messages {
+        Some(messages) => Prompt::Messages(messages.clone()),
+        None => Prompt::Text(text.clone()),
+    };
+    let seed = options.seed();
+    let request = options.request(
+        &session,
+        session.prompt_tokens(&prompt)?,
+        seed,
+        ranker.clone(),
+    );
+    session.log(|| {
+        format!(
+            "{} prompt tokens, seed {seed}, {:?}",
+            request.prompt_token_ids.len(),
+            request.sampling
+        )
+    });
+    if request.sampling.temperature == 0.0
+        && request.n > 1
+        && !matches!(request.strategy, Strategy::Beam | Strategy::Greedy)
+    {
+        eprintln!(
+            "podium: at temperature 0 all {} candidates are the same",
+            request.n
+        );
+    }
+
+    interrupt::catch();
+    let mut live = LiveTerminal::new(options.stream, request.n);
+    let generated = session.engine.generate(&request, &mut |event| {
+        if let Some(live) = &mut live {
+            live.observe(event);
+        }
+        interrupt::flow()
+    })?;
+    drop(live);
+
+    let asked = Asked {
+        model: &session.engine.model().name,
+        prompt: &text,
+        messages: messages.as_deref(),
+        prompt_tokens: request.prompt_token_ids.len(),
+        seed,
+        strategy: request.strategy,
+        ranker: ranker.as_deref(),
+    };
+    if global.json {
+        Report::new(&asked, &generated).print()?;
+    } else {
+        print_texts(&generated, options.all)?;
+        print_work(&asked, &generated);
+    }
+    match interrupt::interrupted() {
+        true => Err(CliError::Failed(
+            "interrupted: these are the texts so far".to_string(),
+        )),
+        false => Ok(()),
+    }
+}
+
+/// A chat that a user's message opens.
+pub fn chat(system: Option<&str>, text: &str) -> Vec<ChatMessage> {
+    let system = system.map(|system| ChatMessage::new("system", system));
+    system
+        .into_iter()
+        .chain([ChatMessage::new("user", text)])
+        .collect()
 }
 
 impl GenerateOptions {
     /// Refuses what makes no sense before the model is loaded.
     fn check(&self) -> Result<(), CliError> {
         if !(1..=MAX_CANDIDATES).contains(&self.n) {
-            return Err(EngineError::Candidates { n: self.n, most: MAX_CANDIDATES }.into());
+            return Err(EngineError::Candidates {
+                n: self.n,
+                most: MAX_CANDIDATES,
+            }
+            .into());
         }
         if self.max_tokens == 0 {
             return Err(EngineError::NoTokens.into());
@@ -172,12 +273,41 @@ impl GenerateOptions {
         if self.strategy() == Strategy::Ranker && self.ranker.is_none() {
             return Err(EngineError::NoRanker.into());
         }
-        self.sampling.over(&SamplingParams::default()).validate().map_err(EngineError::from)?;
+        self.sampling
+            .over(&SamplingParams::default())
+            .validate()
+            .map_err(EngineError::from)?;
         Ok(())
     }
 
+    /// The prompt as it was given, as an argument or on standard input.
+    fn prompt_text(&self) -> Result<String, CliError> {
+        let text = match self.prompt.as_deref() {
+            Some(text) if text != "-" => text.to_string(),
+            None if std::io::stdin().is_terminal() => {
+                let problem = "no prompt: give it as an argument, or on standard input";
+                return Err(CliError::Usage(problem.to_string()));
+            }
+            _ => read_stdin()?,
+        };
+        match text.is_empty() {
+            true => Err(CliError::Usage(
+                "the prompt is empty: give it some text".to_string(),
+            )),
+            false => Ok(text),
+        }
+    }
+
+    fn is_chat(&self, session: &Session) -> bool {
+        self.chat || self.system.is_some() || !self.raw && session.has_template()
+    }
+
     pub fn strategy(&self) -> Strategy {
-        let default = if self.ranker.is_some() { Strategy::Ranker } else { Strategy::Logprob };
+        let default = if self.ranker.is_some() {
+            Strategy::Ranker
+        } else {
+            Strategy::Logprob
+        };
         self.select.unwrap_or(default)
     }
 
@@ -211,6 +341,34 @@ impl GenerateOptions {
     }
 }
 
+/// Standard input, without the line end that `echo` and editors put behind a text.
+fn read_stdin() -> Result<String, CliError> {
+    let failed = |problem: String| {
+        CliError::Failed(format!(
+            "cannot read the prompt from standard input: {problem}"
+        ))
+    };
+    let mut bytes = Vec::new();
+    let read = std::io::stdin()
+        .lock()
+        .take(MAX_PROMPT_BYTES + 1)
+        .read_to_end(&mut bytes);
+    read.map_err(|error| failed(error.to_string()))?;
+    if bytes.len() as u64 > MAX_PROMPT_BYTES {
+        return Err(failed(format!(
+            "it is longer than {MAX_PROMPT_BYTES} bytes"
+        )));
+    }
+    let mut text = String::from_utf8(bytes).map_err(|_| failed("it is not UTF-8".to_string()))?;
+    if text.ends_with('\n') {
+        text.pop();
+        if text.ends_with('\r') {
+            text.pop();
+        }
+    }
+    Ok(text)
+}
+
 /// `\n`, `\t` and `\\` as one can type them in any shell.
 fn unescape(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
@@ -237,9 +395,14 @@ mod tests {
 
     #[test]
     fn escapes_of_stop_strings() {
-        for (typed, meant) in
-            [("a", "a"), ("\\n", "\n"), ("\\\\n", "\\n"), ("a\\tb\\", "a\tb\\"), ("\\x", "\\x"), ("", "")]
-        {
+        for (typed, meant) in [
+            ("a", "a"),
+            ("\\n", "\n"),
+            ("\\\\n", "\\n"),
+            ("a\\tb\\", "a\tb\\"),
+            ("\\x", "\\x"),
+            ("", ""),
+        ] {
             assert_eq!(unescape(typed), meant);
         }
     }

@@ -4,11 +4,18 @@
 //! (failed) or 2 (the command itself makes no sense).
 
 mod batch;
+mod bench;
+mod devices;
 mod error;
+mod features;
 mod generate;
 mod interrupt;
+mod live;
 mod options;
+mod output;
 mod progress;
+mod report;
+mod score;
 mod session;
 
 use std::process::ExitCode;
@@ -30,6 +37,10 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Generate(generate::GenerateOptions),
+    Score(score::ScoreOptions),
+    Features(features::FeaturesOptions),
+    Bench(bench::BenchOptions),
+    Devices(devices::DevicesOptions),
 }
 
 /// Runs the command line and returns its exit status.
@@ -37,6 +48,10 @@ pub fn main() -> ExitCode {
     let Cli { global, command } = Cli::parse();
     let result = match &command {
         Command::Generate(options) => generate::run(&global, options),
+        Command::Score(options) => score::run(&global, options),
+        Command::Features(options) => features::run(&global, options),
+        Command::Bench(options) => bench::run(&global, options),
+        Command::Devices(options) => devices::run(&global, options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,6 +1,5 @@
 //! Options that several commands share, and the types of their values.
 
-use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
@@ -12,7 +11,13 @@ use super::error::CliError;
 pub struct GlobalOptions {
     /// Model: a folder in Hugging Face layout, a .gguf file, or a hub id (owner/name)
     /// [default: SmolLM2-135M-Instruct in the cache folder, where scripts/demo puts it]
-    #[arg(long, short, global = true, value_name = "MODEL", help_heading = "Global options")]
+    #[arg(
+        long,
+        short,
+        global = true,
+        value_name = "MODEL",
+        help_heading = "Global options"
+    )]
     pub model: Option<String>,
 
     /// Device: auto, cpu, cuda, cuda:INDEX or emulate
@@ -62,9 +67,9 @@ impl GlobalOptions {
         match self.threads {
             None => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
             Some(threads @ 1..=MAX_THREADS) => Ok(threads),
-            Some(threads) => {
-                Err(CliError::Usage(format!("--threads must be between 1 and {MAX_THREADS}, not {threads}")))
-            }
+            Some(threads) => Err(CliError::Usage(format!(
+                "--threads must be between 1 and {MAX_THREADS}, not {threads}"
+            ))),
         }
     }
 }
@@ -87,7 +92,10 @@ impl FromStr for Device {
             "cpu" => Some(Device::Cpu),
             "cuda" => Some(Device::Cuda { index: 0 }),
             "emulate" => Some(Device::Emulate),
-            _ => text.strip_prefix("cuda:").and_then(index).map(|index| Device::Cuda { index }),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(index)
+                .map(|index| Device::Cuda { index }),
         }
         .ok_or("give auto, cpu, cuda, cuda:INDEX or emulate")
     }
@@ -104,7 +112,9 @@ impl FromStr for DtypeChoice {
     fn from_str(text: &str) -> Result<DtypeChoice, Self::Err> {
         match text {
             "auto" => Ok(DtypeChoice::Auto),
-            _ => Err("this build computes with weights as they are stored; leave --dtype out, or give auto"),
+            _ => Err(
+                "this build computes with weights as they are stored; leave --dtype out, or give auto",
+            ),
         }
     }
 }
@@ -147,14 +157,6 @@ impl FromStr for LayerChoice {
     }
 }
 
-/// What `podium features` and the like read, and where they write.
-#[derive(Args, Clone, Debug)]
-pub struct InputFile {
-    /// Candidate file (JSON lines), or - for standard input
-    #[arg(value_name = "FILE.jsonl")]
-    pub file: PathBuf,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,10 +180,19 @@ mod tests {
     #[test]
     fn layers_by_number_and_fraction() {
         let index = |text: &str| text.parse::<LayerChoice>().map(|layer| layer.index(30));
-        for (text, expected) in [("18", 18), ("0.6", 18), ("1.0", 30), ("0.001", 1), ("31", 31), (".5", 15)] {
+        for (text, expected) in [
+            ("18", 18),
+            ("0.6", 18),
+            ("1.0", 30),
+            ("0.001", 1),
+            ("31", 31),
+            (".5", 15),
+        ] {
             assert_eq!(index(text), Ok(expected), "{text}");
         }
-        for text in ["0", "-1", "0.0", "1.5", "-0.5", "nan", "NaN.", "", "inf", "x"] {
+        for text in [
+            "0", "-1", "0.0", "1.5", "-0.5", "nan", "NaN.", "", "inf", "x",
+        ] {
             assert!(index(text).is_err(), "{text}");
         }
     }

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::output::Output;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     Bytes,
@@ -39,6 +41,16 @@ impl Progress {
         // So that the time goes on between two items.
         bar.enable_steady_tick(Duration::from_millis(500));
         Progress { bar }
+    }
+
+    /// The same for work whose results go to `output`: hidden where they share a terminal.
+    pub fn beside(output: &Output, what: &'static str, total: Option<u64>, unit: Unit) -> Progress {
+        match output.is_terminal() {
+            true => Progress {
+                bar: ProgressBar::hidden(),
+            },
+            false => Progress::new(what, total, unit),
+        }
     }
 
     pub fn advance(&self, by: u64) {

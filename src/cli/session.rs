@@ -13,13 +13,14 @@ use super::progress::{Progress, Unit};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
 use crate::backend::sampling::SamplingParams;
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineError, ScoreRequest};
 use crate::model::files::{ModelFiles, TextSource};
 use crate::model::forward::Model;
 use crate::model::text::{ChatMessage, ChatRequest, ChatTemplate, TextError, Tokenizer};
 use crate::model::{default_model, hub};
 use crate::ranker::{Ranker, builtin, find_builtin};
-use crate::tasks::candidates::{Candidates, Prompt};
+use crate::tasks::candidates::{Candidates, Item, Prompt};
+use crate::tasks::feature_file::FeatureSource;
 
 /// Instruction set to run with instead of the best one, for tests: `avx512`, `avx2` or `portable`.
 const ISA_VARIABLE: &str = "PODIUM_ISA";
@@ -54,7 +55,9 @@ impl Session {
             Err(_) => Err(TextError::NoChatTemplate),
         };
         let sampling = generation_defaults(&files);
-        let bytes = files.tensor_names().map(|name| files.tensor(name).map(|tensor| tensor.data.len() as u64));
+        let bytes = files
+            .tensor_names()
+            .map(|name| files.tensor(name).map(|tensor| tensor.data.len() as u64));
         let progress = Progress::new("loading", Some(bytes.sum::<Result<u64, _>>()?), Unit::Bytes);
         let model = Model::load(backend, &files, &mut |bytes| progress.advance(bytes))?;
         drop(progress);
@@ -101,7 +104,9 @@ impl Session {
     /// # Errors
     /// What is wrong with the tokenizer's files.
     pub fn tokenizer(&self) -> Result<&Tokenizer, CliError> {
-        self.tokenizer.as_deref().map_err(|error| CliError::Failed(error.to_string()))
+        self.tokenizer
+            .as_deref()
+            .map_err(|error| CliError::Failed(error.to_string()))
     }
 
     /// A chat as the text that the model was trained on.
@@ -117,30 +122,70 @@ impl Session {
     pub fn prompt_tokens(&self, prompt: &Prompt) -> Result<Vec<u32>, CliError> {
         Ok(match prompt {
             Prompt::TokenIds(token_ids) => token_ids.clone(),
+            // Also where the tokenizer would put a token in front: nobody means that by nothing.
+            Prompt::Text(text) if text.is_empty() => return Err(EngineError::EmptyPrompt.into()),
             Prompt::Text(text) => self.tokenizer()?.encode(text, true)?,
-            Prompt::Messages(messages) => self.tokenizer()?.encode(&self.render(messages)?, false)?,
+            Prompt::Messages(messages) => {
+                self.tokenizer()?.encode(&self.render(messages)?, false)?
+            }
         })
     }
 
     /// The token ids of candidates: those given, or their text's by itself, without special tokens.
-    pub fn candidate_tokens(&self, candidates: &Candidates) -> Result<Vec<Vec<u32>>, CliError> {
+    fn candidate_tokens(&self, candidates: &Candidates) -> Result<Vec<Vec<u32>>, CliError> {
         match candidates {
             Candidates::TokenIds(token_ids) => Ok(token_ids.clone()),
             Candidates::Texts(texts) => {
                 let tokenizer = self.tokenizer()?;
-                texts.iter().map(|text| Ok(tokenizer.encode(text, false)?)).collect()
+                texts
+                    .iter()
+                    .map(|text| Ok(tokenizer.encode(text, false)?))
+                    .collect()
             }
         }
+    }
+
+    /// An item's prompt and candidates as token ids.
+    pub fn score_request(&self, item: &Item) -> Result<ScoreRequest, CliError> {
+        let candidates = item.candidates.as_ref().ok_or_else(|| {
+            CliError::Failed(
+                "it has no candidates: give `candidates` or `candidate_token_ids`".to_string(),
+            )
+        })?;
+        Ok(ScoreRequest {
+            prompt_token_ids: self.prompt_tokens(&item.prompt)?,
+            candidate_token_ids: self.candidate_tokens(candidates)?,
+            ..ScoreRequest::default()
+        })
+    }
+
+    /// Where features of this model and layer come from; refuses a layer that it does not have.
+    pub fn feature_source(&self, layer: usize) -> Result<FeatureSource, CliError> {
+        let (model, config) = (self.engine.model(), self.engine.config());
+        if layer > config.layers {
+            return Err(EngineError::UnknownLayer {
+                layer,
+                layers: config.layers,
+            }
+            .into());
+        }
+        Ok(FeatureSource {
+            layer,
+            model: model.name.clone(),
+            fingerprint: model.fingerprint.clone(),
+            hidden_size: config.hidden_size,
+        })
     }
 
     /// The ranker in a file, or the built-in one of that name; checked against the model.
     pub fn ranker(&self, name: &str) -> Result<Arc<Ranker>, CliError> {
         let (model, config) = (self.engine.model(), self.engine.config());
         let path = Path::new(name);
-        let ranker = if path.exists() {
+        let ranker = if path.is_file() {
             Ranker::load(path)?
         } else {
-            let looks_like_a_path = name.contains(std::path::MAIN_SEPARATOR) || path.extension().is_some();
+            let looks_like_a_path =
+                name.contains(std::path::MAIN_SEPARATOR) || path.extension().is_some();
             let known = builtin().iter().any(|ranker| ranker.config().name == name);
             match find_builtin(name, &model.fingerprint) {
                 Ok(ranker) => ranker.clone(),
@@ -151,16 +196,30 @@ impl Session {
         ranker.check_model(&model.fingerprint, config.hidden_size, config.layers)?;
         self.log(|| {
             let config = ranker.config();
-            format!("ranker {} ({} parameters, layer {})", config.name, ranker.parameters(), config.layer)
+            format!(
+                "ranker {} ({} parameters, layer {})",
+                config.name,
+                ranker.parameters(),
+                config.layer
+            )
         });
         Ok(Arc::new(ranker))
     }
 }
 
 fn no_such_ranker(name: &str) -> CliError {
-    let names: Vec<&str> = builtin().iter().map(|ranker| ranker.config().name.as_str()).collect();
-    let known = if names.is_empty() { "none".to_string() } else { names.join(", ") };
-    CliError::Failed(format!("ranker {name}: no such file, and no built-in ranker has that name (built in: {known})"))
+    let names: Vec<&str> = builtin()
+        .iter()
+        .map(|ranker| ranker.config().name.as_str())
+        .collect();
+    let known = if names.is_empty() {
+        "none".to_string()
+    } else {
+        names.join(", ")
+    };
+    CliError::Failed(format!(
+        "ranker {name}: no such file, and no built-in ranker has that name (built in: {known})"
+    ))
 }
 
 /// The device that was asked for.
@@ -175,7 +234,8 @@ fn backend(options: &GlobalOptions) -> Result<Cpu, CliError> {
         }
         Device::Emulate => {
             return Err(CliError::Failed(
-                "--device emulate: this build has no CUDA kernels to emulate; use --device cpu".to_string(),
+                "--device emulate: this build has no CUDA kernels to emulate; use --device cpu"
+                    .to_string(),
             ));
         }
     }
@@ -188,14 +248,18 @@ pub fn isa() -> Result<Isa, CliError> {
         return Ok(Isa::best());
     };
     let available = Isa::available();
-    available.iter().copied().find(|isa| *isa.name() == *wanted).ok_or_else(|| {
-        let names: Vec<&str> = available.iter().map(|isa| isa.name()).collect();
-        CliError::Usage(format!(
-            "{ISA_VARIABLE}={}: this processor runs {}",
-            wanted.to_string_lossy(),
-            names.join(", ")
-        ))
-    })
+    available
+        .iter()
+        .copied()
+        .find(|isa| *isa.name() == *wanted)
+        .ok_or_else(|| {
+            let names: Vec<&str> = available.iter().map(|isa| isa.name()).collect();
+            CliError::Usage(format!(
+                "{ISA_VARIABLE}={}: this processor runs {}",
+                wanted.to_string_lossy(),
+                names.join(", ")
+            ))
+        })
 }
 
 /// The fields of `generation_config.json` that concern sampling.
@@ -211,7 +275,9 @@ struct GenerationConfig {
 /// What `generation_config.json` recommends, where a model has one that makes sense.
 fn generation_defaults(files: &ModelFiles) -> SamplingParams {
     let config = match files.text_source() {
-        TextSource::Folder(folder) => read_generation_config(&folder.join("generation_config.json")),
+        TextSource::Folder(folder) => {
+            read_generation_config(&folder.join("generation_config.json"))
+        }
         TextSource::Gguf(_) => None,
     };
     let config = config.unwrap_or_default();
@@ -225,12 +291,19 @@ fn generation_defaults(files: &ModelFiles) -> SamplingParams {
     };
     match recommended.validate() {
         Ok(()) if recommended.temperature > 0.0 => recommended,
-        _ => SamplingParams { temperature: DEFAULT_TEMPERATURE, ..off },
+        _ => SamplingParams {
+            temperature: DEFAULT_TEMPERATURE,
+            ..off
+        },
     }
 }
 
 fn read_generation_config(path: &Path) -> Option<GenerationConfig> {
     let mut text = String::new();
-    std::fs::File::open(path).ok()?.take(MAX_CONFIG_BYTES).read_to_string(&mut text).ok()?;
+    std::fs::File::open(path)
+        .ok()?
+        .take(MAX_CONFIG_BYTES)
+        .read_to_string(&mut text)
+        .ok()?;
     serde_json::from_str(&text).ok()
 }

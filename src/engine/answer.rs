@@ -33,9 +33,7 @@ pub fn extract(text: &str) -> Option<String> {
 /// separators (1,234 = 1234), the notation of fractions (`\frac{1}{2}` = 1/2 = 2/4 = 0.5) and idle
 /// zeros (3.0 = 3).
 pub fn normalize(answer: &str) -> String {
-    let mut answer = replace_latex(strip(answer));
-    answer.make_ascii_lowercase();
-    let answer = collapse_whitespace(&answer.to_lowercase());
+    let answer = collapse_whitespace(&replace_latex(strip(answer)).to_lowercase());
     let answer = strip(&answer);
     let number = answer.strip_suffix('%').unwrap_or(answer).trim_end();
     canonical_number(number).unwrap_or_else(|| answer.to_string())
@@ -57,14 +55,15 @@ fn after_hashes(text: &str) -> Option<&str> {
 fn after_answer_is(text: &str) -> Option<&str> {
     // Keeps the places of all characters.
     let lowercase = text.to_ascii_lowercase();
-    let end_of_last = |phrase: &str| {
-        lowercase
-            .rmatch_indices(phrase)
-            .map(|(start, _)| start + phrase.len())
-            // Not "answer isn't".
-            .find(|&end| !lowercase[end..].starts_with(char::is_alphanumeric))
-    };
-    let end = end_of_last("answer is").max(end_of_last("answer:"))?;
+    let after_is = lowercase
+        .rmatch_indices("answer is")
+        .map(|(start, phrase)| start + phrase.len())
+        // Not "answer isn't".
+        .find(|&end| !lowercase[end..].starts_with(char::is_alphanumeric));
+    let after_colon = lowercase
+        .rfind("answer:")
+        .map(|start| start + "answer:".len());
+    let end = after_is.max(after_colon)?;
     let rest =
         text[end..].trim_start_matches(|c: char| c.is_whitespace() || matches!(c, ':' | '='));
     let rest = rest.lines().next()?;
@@ -399,6 +398,7 @@ mod tests {
             ("The final answer is: **Paris**.", "paris"),
             ("The answer is 3. No, the ANSWER IS 4! Or 5.", "4"),
             ("Answer: grandmother", "grandmother"),
+            ("Question: 2 + 3? answer:5\n\nQuestion: 3", "5"),
             ("The answer is:\n\n$$ 25 $$", "25"),
             ("the answer is 3.14 metres", "3.14 metres"),
             ("The answer isn't 3 but 4", "4"),

@@ -40,9 +40,18 @@ impl<B: Backend> Engine<B> {
         observer: &mut Observer,
     ) -> Result<Generated, EngineError> {
         let features = self.features(request, request.n)?;
-        let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let sampling = SamplingParams {
+            temperature: 0.0,
+            ..SamplingParams::default()
+        };
         let prefix = Sequence::default();
-        let mut run = Run { writing: Vec::new(), features, prefix, conditions, sampling };
+        let mut run = Run {
+            writing: Vec::new(),
+            features,
+            prefix,
+            conditions,
+            sampling,
+        };
         let mut ended = Vec::new();
         let timings = self.beams(request, &mut run, &mut ended, observer);
         // Only the finished answers remain; live beams gave their pages back.
@@ -67,7 +76,10 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Timings, EngineError> {
         let mut timings = Timings::default();
         let layers = run.features.layers.clone();
-        let depth = Depth { layers: self.config().layers, capture: &layers };
+        let depth = Depth {
+            layers: self.config().layers,
+            capture: &layers,
+        };
         let prompt = &request.prompt_token_ids;
         let started = Instant::now();
         let prefilled = self.prefill(prompt, depth, &mut run.prefix, observer)?;
@@ -87,19 +99,28 @@ impl<B: Backend> Engine<B> {
             let offers = self.offers(request, run, &logits_rows)?;
             tokens += run.writing.len();
             self.advance(request.n, run, ended, offers)?;
-            let step = Event::Step { tokens, running: run.writing.len() };
+            let step = Event::Step {
+                tokens,
+                running: run.writing.len(),
+            };
             let interrupted = observer(step).is_break();
             if interrupted || run.writing.is_empty() || settled(request.n, run, ended) {
                 if ended.is_empty() {
                     let cut_off = run.writing.drain(..);
-                    ended.extend(cut_off.map(|writing| Ended { mean: mean(&writing, 0), writing }));
+                    ended.extend(cut_off.map(|writing| Ended {
+                        mean: mean(&writing, 0),
+                        writing,
+                    }));
                 }
                 break;
             }
             let beams: Vec<usize> = (0..run.writing.len()).collect();
             let batch = self.next_batch(run, &beams, &prefix_pages)?;
             // Features come from a pass of their own in the end, for beams change places.
-            let depth = Depth { layers: self.config().layers, capture: &[] };
+            let depth = Depth {
+                layers: self.config().layers,
+                capture: &[],
+            };
             self.model.forward(&mut self.state, &batch, depth)?;
             logits_rows = (0..beams.len() as u32).collect();
         }
@@ -132,9 +153,18 @@ impl<B: Backend> Engine<B> {
         let sampled = self.model.backend.sample(logits, &rows)?;
         let mut offers = Vec::new();
         for (beam, sampled) in sampled.into_iter().enumerate() {
-            let before: f64 = run.writing[beam].sampled.iter().map(|s| f64::from(s.logprob)).sum();
+            let before: f64 = run.writing[beam]
+                .sampled
+                .iter()
+                .map(|s| f64::from(s.logprob))
+                .sum();
             for (token, logprob) in sampled.top_logprobs {
-                offers.push(Offer { beam, token, logprob, sum: before + f64::from(logprob) });
+                offers.push(Offer {
+                    beam,
+                    token,
+                    logprob,
+                    sum: before + f64::from(logprob),
+                });
             }
         }
         // Stable: among equals the earlier beam, the more probable token.
@@ -173,7 +203,10 @@ impl<B: Backend> Engine<B> {
                 continue;
             }
             let mean = offer.sum / (before[offer.beam].token_ids.len() + 1) as f64;
-            ended.push(Ended { writing: beam, mean });
+            ended.push(Ended {
+                writing: beam,
+                mean,
+            });
             ended.sort_by(|a, b| b.mean.total_cmp(&a.mean));
             for mut worst in ended.drain(n.min(ended.len())..) {
                 worst.writing.sequence.release(&mut self.pages);
@@ -201,7 +234,11 @@ impl<B: Backend> Engine<B> {
     }
 
     /// The states of all answers' last tokens.
-    fn beam_features(&mut self, run: &mut Run<B>, timings: Timings) -> Result<Timings, EngineError> {
+    fn beam_features(
+        &mut self,
+        run: &mut Run<B>,
+        timings: Timings,
+    ) -> Result<Timings, EngineError> {
         let started = Instant::now();
         for (candidate, beam) in run.writing.iter().enumerate() {
             match beam.stop.kept_tokens() {
@@ -211,7 +248,10 @@ impl<B: Backend> Engine<B> {
         }
         let prefix_pages = run.prefix.page_ids();
         self.fetch_missing(run, &prefix_pages)?;
-        Ok(Timings { features_s: started.elapsed().as_secs_f64(), ..timings })
+        Ok(Timings {
+            features_s: started.elapsed().as_secs_f64(),
+            ..timings
+        })
     }
 }
 
@@ -223,6 +263,9 @@ fn mean(beam: &Writing, more: usize) -> f64 {
 
 /// Whether no beam can be expected to end better than what is set aside.
 fn settled<B: Backend>(n: usize, run: &Run<B>, ended: &[Ended]) -> bool {
-    let worst = ended.iter().map(|ended| ended.mean).fold(f64::INFINITY, f64::min);
+    let worst = ended
+        .iter()
+        .map(|ended| ended.mean)
+        .fold(f64::INFINITY, f64::min);
     ended.len() >= n && run.writing.iter().all(|beam| mean(beam, 0) <= worst)
 }

@@ -25,12 +25,22 @@ pub enum EngineError {
         "prompt and candidate {candidate} have {tokens} tokens together, and the model's context holds \
          {context}: shorten one of them"
     )]
-    CandidateTooLong { candidate: usize, tokens: usize, context: usize },
+    CandidateTooLong {
+        candidate: usize,
+        tokens: usize,
+        context: usize,
+    },
     #[error("{what} has the token id {token}, and the model's vocabulary ends at {last}")]
-    UnknownToken { what: String, token: u32, last: usize },
+    UnknownToken {
+        what: String,
+        token: u32,
+        last: usize,
+    },
     #[error("layer {layer} does not exist: the model has layers 1 to {layers}")]
     UnknownLayer { layer: usize, layers: usize },
-    #[error("the strategy \"ranker\" needs a ranker: give --ranker FILE, or --select another strategy")]
+    #[error(
+        "the strategy \"ranker\" needs a ranker: give --ranker FILE, or --select another strategy"
+    )]
     NoRanker,
     #[error(transparent)]
     Sampling(#[from] SamplingError),

@@ -4,7 +4,8 @@ use super::select::{CandidateFacts, Strategy, select};
 use super::sequence::Sequence;
 use super::stop::{FinishReason, StopConditions, StopState};
 use super::{
-    Candidate, Engine, EngineError, Event, GenerateRequest, Generated, MAX_CANDIDATES, Observer, Timings,
+    Candidate, Engine, EngineError, Event, GenerateRequest, Generated, MAX_CANDIDATES, Observer,
+    Timings,
 };
 use crate::backend::sampling::{SampleRow, Sampled, SamplingParams};
 use crate::backend::{Backend, Batch, Group, PageId};
@@ -64,7 +65,13 @@ impl<B: Backend> Engine<B> {
         }
         let writing = (0..n).map(|_| self.blank(&conditions)).collect();
         let features = self.features(request, n)?;
-        let mut run = Run { writing, features, prefix: Sequence::default(), conditions, sampling };
+        let mut run = Run {
+            writing,
+            features,
+            prefix: Sequence::default(),
+            conditions,
+            sampling,
+        };
         let timings = self.write(request, &mut run, observer);
         self.release(&mut run);
         self.choose(request, run, timings?)
@@ -75,7 +82,10 @@ impl<B: Backend> Engine<B> {
         Writing {
             sequence: Sequence::default(),
             stop: StopState::new(conditions),
-            detokenizer: self.tokenizer.as_ref().map(|tokenizer| tokenizer.detokenizer(true)),
+            detokenizer: self
+                .tokenizer
+                .as_ref()
+                .map(|tokenizer| tokenizer.detokenizer(true)),
             token_ids: Vec::new(),
             sampled: Vec::new(),
         }
@@ -83,7 +93,12 @@ impl<B: Backend> Engine<B> {
 
     /// Gives back the pages that a request holds.
     pub(super) fn release(&mut self, run: &mut Run<B>) {
-        for sequence in run.writing.iter_mut().map(|w| &mut w.sequence).chain([&mut run.prefix]) {
+        for sequence in run
+            .writing
+            .iter_mut()
+            .map(|w| &mut w.sequence)
+            .chain([&mut run.prefix])
+        {
             sequence.release(&mut self.pages);
         }
     }
@@ -93,7 +108,10 @@ impl<B: Backend> Engine<B> {
         self.check_prompt(&request.prompt_token_ids)?;
         self.check_layers(&request.feature_layers)?;
         if !(1..=MAX_CANDIDATES).contains(&request.n) {
-            return Err(EngineError::Candidates { n: request.n, most: MAX_CANDIDATES });
+            return Err(EngineError::Candidates {
+                n: request.n,
+                most: MAX_CANDIDATES,
+            });
         }
         if request.max_tokens == 0 {
             return Err(EngineError::NoTokens);
@@ -104,31 +122,53 @@ impl<B: Backend> Engine<B> {
             None if request.strategy == Strategy::Ranker => return Err(EngineError::NoRanker),
             None => {}
         }
-        let (tokens, context) = (request.prompt_token_ids.len(), self.config().max_position_embeddings);
+        let (tokens, context) = (
+            request.prompt_token_ids.len(),
+            self.config().max_position_embeddings,
+        );
         if tokens >= context {
             return Err(EngineError::PromptTooLong { tokens, context });
         }
         let end_tokens = self.end_token_ids();
-        Ok(StopConditions::new(&end_tokens, &request.stop, request.max_tokens, context - tokens)?)
+        Ok(StopConditions::new(
+            &end_tokens,
+            &request.stop,
+            request.max_tokens,
+            context - tokens,
+        )?)
     }
 
     /// Tokens that end an answer: the configuration's and the tokenizer's.
     pub fn end_token_ids(&self) -> Vec<u32> {
         let mut tokens = self.config().eos_token_ids.clone();
-        tokens.extend(self.tokenizer.iter().flat_map(|tokenizer| tokenizer.eos_token_ids()));
+        tokens.extend(
+            self.tokenizer
+                .iter()
+                .flat_map(|tokenizer| tokenizer.eos_token_ids()),
+        );
         tokens.sort_unstable();
         tokens.dedup();
         tokens
     }
 
-    pub(super) fn features(&self, request: &GenerateRequest, n: usize) -> Result<Features<B>, EngineError> {
+    pub(super) fn features(
+        &self,
+        request: &GenerateRequest,
+        n: usize,
+    ) -> Result<Features<B>, EngineError> {
         let mut layers = request.feature_layers.clone();
         layers.extend(request.ranker.as_ref().map(|ranker| ranker.config().layer));
         layers.sort_unstable();
         layers.dedup();
         let hidden_size = self.config().hidden_size;
-        let rows = layers.iter().map(|_| self.model.backend.rows(1 + n, hidden_size));
-        Ok(Features { rows: rows.collect::<Result<_, _>>()?, layers, missing: Vec::new() })
+        let rows = layers
+            .iter()
+            .map(|_| self.model.backend.rows(1 + n, hidden_size));
+        Ok(Features {
+            rows: rows.collect::<Result<_, _>>()?,
+            layers,
+            missing: Vec::new(),
+        })
     }
 
     /// Prefill, decode until the last candidate has ended, then the features that are missing.
@@ -140,7 +180,10 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Timings, EngineError> {
         let mut timings = Timings::default();
         let layers = run.features.layers.clone();
-        let depth = Depth { layers: self.config().layers, capture: &layers };
+        let depth = Depth {
+            layers: self.config().layers,
+            capture: &layers,
+        };
         let started = Instant::now();
         let prompt = &request.prompt_token_ids;
         let prefilled = self.prefill(prompt, depth, &mut run.prefix, observer)?;
@@ -171,7 +214,10 @@ impl<B: Backend> Engine<B> {
                 }
             }
             running = still;
-            let step = Event::Step { tokens, running: running.len() };
+            let step = Event::Step {
+                tokens,
+                running: running.len(),
+            };
             if observer(step).is_break() || interrupted {
                 break;
             }
@@ -242,7 +288,9 @@ impl<B: Backend> Engine<B> {
         for &candidate in running {
             let writing = &mut run.writing[candidate];
             batch.tokens.extend(writing.token_ids.last());
-            group.segments.push(writing.sequence.extend(&mut self.pages, 1)?);
+            group
+                .segments
+                .push(writing.sequence.extend(&mut self.pages, 1)?);
         }
         batch.groups.push(group);
         Ok(batch)
@@ -269,7 +317,9 @@ impl<B: Backend> Engine<B> {
     /// Copies a row of the last batch's captured states into the group's features.
     pub(super) fn keep(&self, features: &mut Features<B>, row: usize, place: usize) {
         for (layer, rows) in features.layers.iter().zip(&mut features.rows) {
-            self.model.backend.copy_rows(self.state.captured(*layer), &[(row, place)], rows);
+            self.model
+                .backend
+                .copy_rows(self.state.captured(*layer), &[(row, place)], rows);
         }
     }
 
@@ -282,7 +332,11 @@ impl<B: Backend> Engine<B> {
 
     /// The states of last tokens that never went through the model, or did so some steps ago: one
     /// batch through the lower layers.
-    pub(super) fn fetch_missing(&mut self, run: &mut Run<B>, prefix_pages: &[PageId]) -> Result<(), EngineError> {
+    pub(super) fn fetch_missing(
+        &mut self,
+        run: &mut Run<B>,
+        prefix_pages: &[PageId],
+    ) -> Result<(), EngineError> {
         let missing = std::mem::take(&mut run.features.missing);
         let Some(&highest) = run.features.layers.last().filter(|_| !missing.is_empty()) else {
             return Ok(());
@@ -294,7 +348,11 @@ impl<B: Backend> Engine<B> {
             segments: Vec::with_capacity(missing.len()),
         };
         for &(candidate, index) in &missing {
-            let Writing { sequence, token_ids, .. } = &mut run.writing[candidate];
+            let Writing {
+                sequence,
+                token_ids,
+                ..
+            } = &mut run.writing[candidate];
             batch.tokens.push(token_ids[index]);
             group.segments.push(match index < sequence.len() {
                 true => sequence.again(index),
@@ -302,7 +360,10 @@ impl<B: Backend> Engine<B> {
             });
         }
         batch.groups.push(group);
-        let depth = Depth { layers: highest, capture: &run.features.layers };
+        let depth = Depth {
+            layers: highest,
+            capture: &run.features.layers,
+        };
         self.model.forward(&mut self.state, &batch, depth)?;
         for (row, &(candidate, _)) in missing.iter().enumerate() {
             self.keep(&mut run.features, row, 1 + candidate);
@@ -318,14 +379,19 @@ impl<B: Backend> Engine<B> {
         mut timings: Timings,
     ) -> Result<Generated, EngineError> {
         let Features { layers, rows, .. } = &run.features;
-        let mut candidates: Vec<Candidate> = run.writing.into_iter().enumerate().map(finished).collect();
+        let mut candidates: Vec<Candidate> =
+            run.writing.into_iter().enumerate().map(finished).collect();
         let at = |layer: usize| layers.iter().position(|l| *l == layer);
         let read = |layer: usize, row: usize| match at(layer) {
             Some(at) => self.model.backend.read_row(&rows[at], row),
             None => Ok(Vec::new()),
         };
         let of_row = |row: usize| -> Result<Vec<Vec<f32>>, EngineError> {
-            Ok(request.feature_layers.iter().map(|&layer| read(layer, row)).collect::<Result<_, _>>()?)
+            Ok(request
+                .feature_layers
+                .iter()
+                .map(|&layer| read(layer, row))
+                .collect::<Result<_, _>>()?)
         };
         for candidate in &mut candidates {
             candidate.features = of_row(1 + candidate.index)?;
@@ -346,7 +412,12 @@ impl<B: Backend> Engine<B> {
         }
         let facts: Vec<CandidateFacts> = candidates.iter().map(facts).collect();
         let selected = select(request.strategy, &facts)?;
-        Ok(Generated { selected, prompt_features: of_row(0)?, candidates, timings })
+        Ok(Generated {
+            selected,
+            prompt_features: of_row(0)?,
+            candidates,
+            timings,
+        })
     }
 }
 
@@ -359,10 +430,18 @@ impl<B: Backend> Run<B> {
         observer: &mut Observer,
     ) -> (Option<FinishReason>, ControlFlow<()>) {
         let writing = &mut self.writing[candidate];
+        let (token, logprob) = (sampled.token, sampled.logprob);
         let reason = writing.push(&self.conditions, sampled);
-        let piece = writing.stop.stream();
         let mut flow = ControlFlow::Continue(());
-        if !piece.is_empty() {
+        if reason != Some(FinishReason::Stop) {
+            flow = observer(Event::Token {
+                candidate,
+                token,
+                logprob,
+            });
+        }
+        let piece = writing.stop.stream();
+        if !piece.is_empty() && flow.is_continue() {
             flow = observer(Event::Text { candidate, piece });
         }
         if let (Some(reason), true) = (reason, flow.is_continue()) {
@@ -375,7 +454,10 @@ impl<B: Backend> Run<B> {
 impl Writing {
     /// Takes the next token; says why it was the last, if it was.
     pub fn push(&mut self, conditions: &StopConditions, sampled: Sampled) -> Option<FinishReason> {
-        let piece = self.detokenizer.as_mut().map_or("", |d| d.push(sampled.token));
+        let piece = self
+            .detokenizer
+            .as_mut()
+            .map_or("", |d| d.push(sampled.token));
         let reason = self.stop.push(conditions, sampled.token, piece);
         if reason != Some(FinishReason::Stop) {
             self.token_ids.push(sampled.token);
@@ -392,7 +474,11 @@ impl Writing {
 
 fn finished((index, writing): (usize, Writing)) -> Candidate {
     let tokens = writing.sampled.len().max(1) as f64;
-    let certainty: f64 = writing.sampled.iter().map(|s| f64::from(s.self_certainty)).sum();
+    let certainty: f64 = writing
+        .sampled
+        .iter()
+        .map(|s| f64::from(s.self_certainty))
+        .sum();
     Candidate {
         index,
         text: writing.stop.text().to_string(),
@@ -400,7 +486,11 @@ fn finished((index, writing): (usize, Writing)) -> Candidate {
         finish_reason: writing.stop.finish_reason(),
         token_logprobs: writing.sampled.iter().map(|s| s.logprob).collect(),
         self_certainty: certainty / tokens,
-        top_logprobs: writing.sampled.into_iter().map(|s| s.top_logprobs).collect(),
+        top_logprobs: writing
+            .sampled
+            .into_iter()
+            .map(|s| s.top_logprobs)
+            .collect(),
         score: None,
         features: Vec::new(),
     }

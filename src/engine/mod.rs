@@ -46,13 +46,21 @@ pub struct Engine<B: Backend> {
 impl<B: Backend> Engine<B> {
     /// An engine with an empty KV cache that may grow without a limit.
     pub fn new(model: Model<B>, tokenizer: Arc<Tokenizer>) -> Result<Engine<B>, BackendError> {
-        Ok(Engine { tokenizer: Some(tokenizer), ..Engine::without_text(model)? })
+        Ok(Engine {
+            tokenizer: Some(tokenizer),
+            ..Engine::without_text(model)?
+        })
     }
 
     /// An engine for token ids alone: candidates have no text, and stop strings end nothing.
     pub fn without_text(model: Model<B>) -> Result<Engine<B>, BackendError> {
         let state = model.state()?;
-        Ok(Engine { model, state, pages: PagePool::new(usize::MAX), tokenizer: None })
+        Ok(Engine {
+            model,
+            state,
+            pages: PagePool::new(usize::MAX),
+            tokenizer: None,
+        })
     }
 
     pub fn model(&self) -> &Model<B> {
@@ -88,7 +96,11 @@ impl<B: Backend> Engine<B> {
     fn check_tokens(&self, what: impl Fn() -> String, tokens: &[u32]) -> Result<(), EngineError> {
         let vocab_size = self.config().vocab_size;
         match tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            Some(&token) => Err(EngineError::UnknownToken { what: what(), token, last: vocab_size - 1 }),
+            Some(&token) => Err(EngineError::UnknownToken {
+                what: what(),
+                token,
+                last: vocab_size - 1,
+            }),
             None => Ok(()),
         }
     }
@@ -112,11 +124,22 @@ impl<B: Backend> Engine<B> {
         let mut last_row = 0;
         for chunk in prompt.chunks(PREFILL_CHUNK) {
             let segment = sequence.extend(&mut self.pages, chunk.len())?;
-            let group = Group { segments: vec![segment], ..Group::default() };
-            let batch = Batch { tokens: chunk.to_vec(), groups: vec![group] };
+            let group = Group {
+                segments: vec![segment],
+                ..Group::default()
+            };
+            let batch = Batch {
+                tokens: chunk.to_vec(),
+                groups: vec![group],
+            };
             self.model.forward(&mut self.state, &batch, depth)?;
             last_row = chunk.len() as u32 - 1;
-            if observer(Event::Prefill { done: sequence.len(), total: prompt.len() }).is_break() {
+            if observer(Event::Prefill {
+                done: sequence.len(),
+                total: prompt.len(),
+            })
+            .is_break()
+            {
                 return Ok(ControlFlow::Break(()));
             }
         }

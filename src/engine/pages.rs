@@ -57,11 +57,6 @@ impl PagePool {
         }
     }
 
-    /// Pages that this many tokens fill, the last one perhaps in part.
-    pub const fn pages_for(tokens: usize) -> usize {
-        tokens.div_ceil(PAGE_LEN)
-    }
-
     /// Takes one free page.
     pub fn allocate(&mut self) -> Result<Page, OutOfPages> {
         let page = match self.free.pop() {
@@ -215,19 +210,6 @@ mod tests {
         let page = pool.allocate().unwrap();
         pool.release(page);
         assert!(PagePool::new(0).allocate().is_err());
-    }
-
-    #[test]
-    fn pages_for_tokens() {
-        for (tokens, pages) in [
-            (0, 0),
-            (1, 1),
-            (16, 1),
-            (17, 2),
-            (usize::MAX, usize::MAX / 16 + 1),
-        ] {
-            assert_eq!(PagePool::pages_for(tokens), pages);
-        }
     }
 
     #[test]

@@ -72,7 +72,10 @@ pub struct Candidate {
 
 impl Candidate {
     pub fn cumulative_logprob(&self) -> f64 {
-        self.token_logprobs.iter().map(|&logprob| f64::from(logprob)).sum()
+        self.token_logprobs
+            .iter()
+            .map(|&logprob| f64::from(logprob))
+            .sum()
     }
 
     /// 0 for an empty answer.
@@ -110,10 +113,19 @@ pub struct Timings {
 pub enum Event<'a> {
     /// So many tokens of the prompt are done.
     Prefill { done: usize, total: usize },
+    /// A candidate grew by a token, which a stop string may still take back. The end token is none.
+    Token {
+        candidate: usize,
+        token: u32,
+        logprob: f32,
+    },
     /// A candidate's text grew by a piece that will not be taken back.
     Text { candidate: usize, piece: &'a str },
     /// A candidate has ended.
-    Finished { candidate: usize, reason: FinishReason },
+    Finished {
+        candidate: usize,
+        reason: FinishReason,
+    },
     /// A decode step is over: tokens of all candidates so far, candidates still running.
     Step { tokens: usize, running: usize },
 }

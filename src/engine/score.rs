@@ -24,15 +24,25 @@ impl<B: Backend> Engine<B> {
     pub fn score(&mut self, request: &ScoreRequest) -> Result<Scored, EngineError> {
         self.check_prompt(&request.prompt_token_ids)?;
         self.check_layers(&request.layers)?;
-        let (prompt, context) = (&request.prompt_token_ids, self.config().max_position_embeddings);
+        let (prompt, context) = (
+            &request.prompt_token_ids,
+            self.config().max_position_embeddings,
+        );
         if prompt.len() > context {
-            return Err(EngineError::PromptTooLong { tokens: prompt.len(), context });
+            return Err(EngineError::PromptTooLong {
+                tokens: prompt.len(),
+                context,
+            });
         }
         for (candidate, tokens) in request.candidate_token_ids.iter().enumerate() {
             self.check_tokens(|| format!("candidate {candidate}"), tokens)?;
             let tokens = prompt.len() + tokens.len();
             if tokens > context {
-                return Err(EngineError::CandidateTooLong { candidate, tokens, context });
+                return Err(EngineError::CandidateTooLong {
+                    candidate,
+                    tokens,
+                    context,
+                });
             }
         }
         let mut prefix = Sequence::default();
@@ -52,8 +62,15 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Scored, EngineError> {
         let candidates = &request.candidate_token_ids;
         let highest = request.layers.iter().copied().max().unwrap_or(0);
-        let layers = if request.logprobs { self.config().layers } else { highest };
-        let depth = Depth { layers, capture: &request.layers };
+        let layers = if request.logprobs {
+            self.config().layers
+        } else {
+            highest
+        };
+        let depth = Depth {
+            layers,
+            capture: &request.layers,
+        };
         let prompt = &request.prompt_token_ids;
         let proceed = &mut |_: super::Event| ControlFlow::Continue(());
         let ControlFlow::Continue(last_row) = self.prefill(prompt, depth, prefix, proceed)? else {
@@ -68,8 +85,10 @@ impl<B: Backend> Engine<B> {
         if request.logprobs {
             // The prompt's last row predicts every candidate's first token.
             let first = candidates.iter().map(|tokens| tokens.first());
-            let targets: Vec<(usize, u32)> =
-                first.enumerate().filter_map(|(i, token)| Some((i, *token?))).collect();
+            let targets: Vec<(usize, u32)> = first
+                .enumerate()
+                .filter_map(|(i, token)| Some((i, *token?)))
+                .collect();
             for chunk in targets.chunks(LOGITS_CHUNK) {
                 let rows: Vec<_> = chunk.iter().map(|&(_, token)| (last_row, token)).collect();
                 for (logprob, (candidate, _)) in self.logprobs(&rows)?.into_iter().zip(chunk) {
@@ -79,15 +98,20 @@ impl<B: Backend> Engine<B> {
         }
         suffixes.extend(candidates.iter().map(|_| Sequence::default()));
         for pieces in cut(candidates) {
-            let mut group =
-                Group { prefix: prefix.page_ids(), prefix_len: prefix.len(), segments: Vec::new() };
+            let mut group = Group {
+                prefix: prefix.page_ids(),
+                prefix_len: prefix.len(),
+                segments: Vec::new(),
+            };
             let mut tokens = Vec::new();
             // (row, token that it predicts, candidate)
             let mut predictions = Vec::new();
             let mut last_rows = Vec::new();
             for (candidate, range) in pieces {
                 let all = &candidates[candidate];
-                group.segments.push(suffixes[candidate].extend(&mut self.pages, range.len())?);
+                group
+                    .segments
+                    .push(suffixes[candidate].extend(&mut self.pages, range.len())?);
                 for index in range {
                     let row = tokens.len();
                     tokens.push(all[index]);
@@ -97,7 +121,10 @@ impl<B: Backend> Engine<B> {
                     }
                 }
             }
-            let batch = Batch { tokens, groups: vec![group] };
+            let batch = Batch {
+                tokens,
+                groups: vec![group],
+            };
             self.model.forward(&mut self.state, &batch, depth)?;
             for (row, candidate) in last_rows {
                 scored.candidate_features[candidate] = self.captured_row(&request.layers, row)?;
@@ -107,7 +134,9 @@ impl<B: Backend> Engine<B> {
             if request.logprobs {
                 for chunk in predictions.chunks(LOGITS_CHUNK) {
                     let rows: Vec<_> = chunk.iter().map(|&(row, token, _)| (row, token)).collect();
-                    for (logprob, &(_, _, candidate)) in self.logprobs(&rows)?.into_iter().zip(chunk) {
+                    for (logprob, &(_, _, candidate)) in
+                        self.logprobs(&rows)?.into_iter().zip(chunk)
+                    {
                         scored.token_logprobs[candidate].push(logprob);
                     }
                 }
@@ -124,7 +153,11 @@ impl<B: Backend> Engine<B> {
     }
 
     /// One row of the last batch after each of the captured layers.
-    pub(super) fn captured_row(&self, layers: &[usize], row: usize) -> Result<Vec<Vec<f32>>, EngineError> {
+    pub(super) fn captured_row(
+        &self,
+        layers: &[usize],
+        row: usize,
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
         let read = |&layer: &usize| self.model.backend.read_row(self.state.captured(layer), row);
         Ok(layers.iter().map(read).collect::<Result<_, _>>()?)
     }

@@ -21,7 +21,7 @@ pub enum Strategy {
     First,
     /// The most probable token at each step: one candidate, written at temperature 0
     Greedy,
-    /// Beam search: the highest mean log-probability among the finished beams
+    /// Beam search: the finished beam with the highest mean log-probability
     Beam,
     /// The answer that most candidates give (self-consistency)
     Majority,
@@ -109,7 +109,7 @@ pub fn select(strategy: Strategy, candidates: &[CandidateFacts<'_>]) -> Result<u
     }
     let highest = |fact: fn(&CandidateFacts<'_>) -> f64| first_highest(candidates.iter().map(fact));
     match strategy {
-        // Beam search gives its answers best first.
+        // Beam search hands over its beams best first.
         Strategy::First | Strategy::Greedy | Strategy::Beam => Ok(0),
         Strategy::Logprob => Ok(highest(|candidate| candidate.mean_logprob())),
         Strategy::SelfCertainty => Ok(highest(|candidate| candidate.self_certainty)),
@@ -237,7 +237,7 @@ mod tests {
             (Strategy::Ranker, 2),
             (Strategy::First, 0),
             (Strategy::Greedy, 0),
-            (Strategy::Beam, 1),
+            (Strategy::Beam, 0),
             (Strategy::Majority, 0),
             (Strategy::Logprob, 1),
             (Strategy::SelfCertainty, 2),

@@ -17,9 +17,11 @@ impl Sequence {
         self.len
     }
 
-
     pub fn page_ids(&self) -> Vec<PageId> {
-        self.pages.iter().map(|page| page.index() as PageId).collect()
+        self.pages
+            .iter()
+            .map(|page| page.index() as PageId)
+            .collect()
     }
 
     /// Takes pages for `rows` more tokens, and gives the segment that writes them.
@@ -28,13 +30,21 @@ impl Sequence {
         self.pages.extend(pool.allocate_many(missing)?);
         let start = self.len;
         self.len += rows;
-        Ok(Segment { pages: self.page_ids(), start, rows })
+        Ok(Segment {
+            pages: self.page_ids(),
+            start,
+            rows,
+        })
     }
 
     /// The segment that computes the token at `index` once more: it sees what lies before it, and
     /// writes the same keys and values again.
     pub fn again(&self, index: usize) -> Segment {
-        Segment { pages: self.page_ids(), start: index, rows: 1 }
+        Segment {
+            pages: self.page_ids(),
+            start: index,
+            rows: 1,
+        }
     }
 
     /// A second sequence with the same tokens. Full pages are shared; a part-full last page gets a
@@ -44,7 +54,10 @@ impl Sequence {
         pool: &mut PagePool,
     ) -> Result<(Sequence, Option<(PageId, PageId)>), EngineError> {
         let full = self.len / PAGE_LEN;
-        let mut pages: Vec<Page> = self.pages[..full].iter().map(|page| pool.share(page)).collect();
+        let mut pages: Vec<Page> = self.pages[..full]
+            .iter()
+            .map(|page| pool.share(page))
+            .collect();
         let mut copied = None;
         if let Some(partial) = self.pages.get(full) {
             let twin = match pool.allocate() {
@@ -59,7 +72,13 @@ impl Sequence {
             copied = Some((partial.index() as PageId, twin.index() as PageId));
             pages.push(twin);
         }
-        Ok((Sequence { pages, len: self.len }, copied))
+        Ok((
+            Sequence {
+                pages,
+                len: self.len,
+            },
+            copied,
+        ))
     }
 
     /// Gives the pages back.

@@ -89,24 +89,52 @@ impl<B: Backend> Model<B> {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Model<B>, LoadError> {
         let config = files.config().clone();
-        let mut loader = Loader { backend: &backend, files, config: &config, progress };
+        let mut loader = Loader {
+            backend: &backend,
+            files,
+            config: &config,
+            progress,
+        };
         let embedding = loader.matrix(&["model.embed_tokens.weight"])?;
-        let layers = (0..config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
+        let layers = (0..config.layers)
+            .map(|layer| loader.layer(layer))
+            .collect::<Result<_, _>>()?;
         let final_norm = loader.norm("model.norm.weight")?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
             false => Some(loader.matrix(&["lm_head.weight"])?),
         };
         let (name, fingerprint) = (files.name().to_string(), files.fingerprint());
-        Ok(Model { backend, config, name, fingerprint, embedding, layers, final_norm, lm_head })
+        Ok(Model {
+            backend,
+            config,
+            name,
+            fingerprint,
+            embedding,
+            layers,
+            final_norm,
+            lm_head,
+        })
     }
 
     /// An empty KV cache and room for activations.
     pub fn state(&self) -> Result<State<B>, BackendError> {
-        let ModelConfig { hidden_size, intermediate_size, heads, kv_heads, head_dim, .. } = self.config;
+        let ModelConfig {
+            hidden_size,
+            intermediate_size,
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.config;
         let rows = |width| self.backend.rows(0, width);
         Ok(State {
-            kv: self.backend.kv_cache(KvShape { layers: self.config.layers, heads, kv_heads, head_dim })?,
+            kv: self.backend.kv_cache(KvShape {
+                layers: self.config.layers,
+                heads,
+                kv_heads,
+                head_dim,
+            })?,
             residual: rows(hidden_size)?,
             qkv: rows((heads + 2 * kv_heads) * head_dim)?,
             attended: rows(heads * head_dim)?,
@@ -121,14 +149,30 @@ impl<B: Backend> Model<B> {
     ///
     /// Tokens must be below `vocab_size`, positions below `max_position_embeddings`, pages as
     /// [`Batch`] says: the engine's duty, which knows whom to tell.
-    pub fn forward(&self, state: &mut State<B>, batch: &Batch, depth: Depth) -> Result<(), BackendError> {
+    pub fn forward(
+        &self,
+        state: &mut State<B>,
+        batch: &Batch,
+        depth: Depth,
+    ) -> Result<(), BackendError> {
         let (backend, config) = (&self.backend, &self.config);
-        let State { kv, residual, qkv, attended, gated, captured, .. } = state;
+        let State {
+            kv,
+            residual,
+            qkv,
+            attended,
+            gated,
+            captured,
+            ..
+        } = state;
         let rows = batch.tokens.len();
         for activations in [&mut *residual, &mut *qkv, &mut *attended, &mut *gated] {
             backend.resize(activations, rows)?;
         }
-        let ropes: Vec<&Rope> = config.attention[..depth.layers].iter().map(|a| &a.rope).collect();
+        let ropes: Vec<&Rope> = config.attention[..depth.layers]
+            .iter()
+            .map(|a| &a.rope)
+            .collect();
         let plan = backend.plan(batch, &ropes, kv)?;
         let mut kept = Vec::with_capacity(depth.capture.len());
         for &layer in depth.capture {
@@ -141,7 +185,10 @@ impl<B: Backend> Model<B> {
             kept.push((layer, rows_of_layer));
         }
         *captured = kept;
-        let norm = |weight| Norm { weight, epsilon: config.rms_norm_eps };
+        let norm = |weight| Norm {
+            weight,
+            epsilon: config.rms_norm_eps,
+        };
         let every_row: Vec<(usize, usize)> = (0..rows).map(|row| (row, row)).collect();
 
         backend.embed(&plan, &self.embedding, config.embedding_scale, residual);
@@ -155,11 +202,23 @@ impl<B: Backend> Model<B> {
                 query_norm: layer.query_norm.as_ref().map(norm),
                 key_norm: layer.key_norm.as_ref().map(norm),
             };
-            backend.norm_matmul(residual, norm(&layer.input_norm), &layer.qkv, layer.qkv_bias.as_ref(), qkv);
+            backend.norm_matmul(
+                residual,
+                norm(&layer.input_norm),
+                &layer.qkv,
+                layer.qkv_bias.as_ref(),
+                qkv,
+            );
             backend.rope_append(&plan, &attention, qkv, kv);
             backend.attention(&plan, &attention, qkv, kv, attended);
             let post = layer.post_attention_norm.as_ref().map(norm);
-            backend.matmul_add(attended, &layer.output, layer.output_bias.as_ref(), post, residual);
+            backend.matmul_add(
+                attended,
+                &layer.output,
+                layer.output_bias.as_ref(),
+                post,
+                residual,
+            );
 
             let (bias, activation) = (layer.gate_up_bias.as_ref(), config.activation);
             let before = norm(&layer.feed_forward_norm);
@@ -176,27 +235,50 @@ impl<B: Backend> Model<B> {
 
     /// Logits `[rows.len(), vocab_size]` of rows of the last batch, which must have gone through all
     /// layers.
-    pub fn logits<'s>(&self, state: &'s mut State<B>, rows: &[u32]) -> Result<&'s B::Rows, BackendError> {
-        let State { residual, logits, .. } = state;
+    pub fn logits<'s>(
+        &self,
+        state: &'s mut State<B>,
+        rows: &[u32],
+    ) -> Result<&'s B::Rows, BackendError> {
+        let State {
+            residual, logits, ..
+        } = state;
         self.backend.resize(logits, rows.len())?;
-        let norm = Norm { weight: &self.final_norm, epsilon: self.config.rms_norm_eps };
+        let norm = Norm {
+            weight: &self.final_norm,
+            epsilon: self.config.rms_norm_eps,
+        };
         let weight = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        self.backend.lm_head(residual, rows, norm, weight, self.config.logit_softcap, logits);
+        self.backend.lm_head(
+            residual,
+            rows,
+            norm,
+            weight,
+            self.config.logit_softcap,
+            logits,
+        );
         Ok(logits)
     }
 
     /// Bytes of the weights that a decode step reads.
     pub fn weight_bytes(&self) -> usize {
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.output, &l.gate_up, &l.down]);
+        let layers = self
+            .layers
+            .iter()
+            .flat_map(|l| [&l.qkv, &l.output, &l.gate_up, &l.down]);
         let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        layers.chain([head]).map(|matrix| self.backend.matrix_bytes(matrix)).sum()
+        layers
+            .chain([head])
+            .map(|matrix| self.backend.matrix_bytes(matrix))
+            .sum()
     }
 
     /// Multiply-adds of a token's matmuls, the LM head included.
     pub fn multiply_adds(&self) -> usize {
         let c = &self.config;
         let attention = c.hidden_size * (2 * c.heads + 2 * c.kv_heads) * c.head_dim;
-        c.layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
+        c.layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+            + c.vocab_size * c.hidden_size
     }
 }
 
@@ -211,7 +293,10 @@ impl<B: Backend> State<B> {
     /// # Panics
     /// If the last batch did not capture that layer.
     pub fn captured(&self, layer: usize) -> &B::Rows {
-        let found = self.captured.iter().find(|(captured, _)| *captured == layer);
+        let found = self
+            .captured
+            .iter()
+            .find(|(captured, _)| *captured == layer);
         &found.expect("the layer was captured").1
     }
 }
@@ -232,8 +317,15 @@ impl<'a, B: Backend> Loader<'a, B> {
         let qkv = ["q_proj", "k_proj", "v_proj"];
         // The Gemma family has norms before and after each half; there `post_attention_layernorm` is
         // what its name says, elsewhere the norm before the feed-forward.
-        let sandwich = self.files.optional_tensor(&name("pre_feedforward_layernorm.weight"))?.is_some();
-        let before_feed_forward = if sandwich { "pre_feedforward" } else { "post_attention" };
+        let sandwich = self
+            .files
+            .optional_tensor(&name("pre_feedforward_layernorm.weight"))?
+            .is_some();
+        let before_feed_forward = if sandwich {
+            "pre_feedforward"
+        } else {
+            "post_attention"
+        };
         Ok(Layer {
             input_norm: self.norm(&name("input_layernorm.weight"))?,
             qkv: self.matrix(&qkv.map(|part| attention(&format!("{part}.weight"))))?,
@@ -246,7 +338,8 @@ impl<'a, B: Backend> Loader<'a, B> {
                 true => Some(self.norm(&name("post_attention_layernorm.weight"))?),
                 false => None,
             },
-            feed_forward_norm: self.norm(&name(&format!("{before_feed_forward}_layernorm.weight")))?,
+            feed_forward_norm: self
+                .norm(&name(&format!("{before_feed_forward}_layernorm.weight")))?,
             gate_up: {
                 let gate = self.checked(&feed_forward("gate_proj.weight"))?;
                 let up = self.checked(&feed_forward("up_proj.weight"))?;
@@ -254,7 +347,8 @@ impl<'a, B: Backend> Loader<'a, B> {
                 (self.progress)((gate.data.len() + up.data.len()) as u64);
                 matrix
             },
-            gate_up_bias: self.bias(&[feed_forward("gate_proj.bias"), feed_forward("up_proj.bias")])?,
+            gate_up_bias: self
+                .bias(&[feed_forward("gate_proj.bias"), feed_forward("up_proj.bias")])?,
             down: self.matrix(&[feed_forward("down_proj.weight")])?,
             down_bias: self.bias(&[feed_forward("down_proj.bias")])?,
             post_feed_forward_norm: match sandwich {
@@ -271,7 +365,10 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     fn matrix(&mut self, names: &[impl AsRef<str>]) -> Result<B::Matrix, LoadError> {
-        let parts = names.iter().map(|name| self.checked(name.as_ref())).collect::<Result<Vec<_>, _>>()?;
+        let parts = names
+            .iter()
+            .map(|name| self.checked(name.as_ref()))
+            .collect::<Result<Vec<_>, _>>()?;
         let matrix = self.backend.matrix(&parts)?;
         (self.progress)(parts.iter().map(|part| part.data.len() as u64).sum());
         Ok(matrix)
@@ -286,7 +383,10 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     fn optional_norm(&self, name: &str) -> Result<Option<B::Vector>, LoadError> {
-        self.files.optional_tensor(name)?.map(|_| self.norm(name)).transpose()
+        self.files
+            .optional_tensor(name)?
+            .map(|_| self.norm(name))
+            .transpose()
     }
 
     /// The biases of a matrix's parts, side by side; zeros where only some parts have one.
@@ -306,6 +406,10 @@ impl<'a, B: Backend> Loader<'a, B> {
                 }
             }
         }
-        if any { Ok(Some(self.backend.vector(&values)?)) } else { Ok(None) }
+        if any {
+            Ok(Some(self.backend.vector(&values)?))
+        } else {
+            Ok(None)
+        }
     }
 }

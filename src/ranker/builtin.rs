@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use super::{Ranker, RankerError};
 
 /// Files of `models/`, each under 1 MB.
-const FILES: &[&[u8]] = &[];
+const FILES: &[&[u8]] = &[include_bytes!("../../models/gcd.safetensors")];
 
 /// Every built-in ranker, for whichever model.
 pub fn builtin() -> &'static [Ranker] {

@@ -68,9 +68,16 @@ impl Candidates {
 #[derive(Debug, thiserror::Error)]
 pub enum CandidateFileError {
     #[error("cannot read {name}: {source}")]
-    Read { name: String, source: std::io::Error },
+    Read {
+        name: String,
+        source: std::io::Error,
+    },
     #[error("{name}:{line}: {problem}")]
-    Line { name: String, line: usize, problem: String },
+    Line {
+        name: String,
+        line: usize,
+        problem: String,
+    },
 }
 
 /// The items of a candidate file, one after the other; empty lines are passed over.
@@ -85,7 +92,10 @@ impl CandidateFile {
     /// Opens a file, or standard input for `-`.
     pub fn open(path: &Path) -> Result<CandidateFile, CandidateFileError> {
         if path == Path::new("-") {
-            return Ok(CandidateFile::new("standard input", Box::new(std::io::stdin().lock())));
+            return Ok(CandidateFile::new(
+                "standard input",
+                Box::new(std::io::stdin().lock()),
+            ));
         }
         let name = path.display().to_string();
         let open = || {
@@ -103,7 +113,12 @@ impl CandidateFile {
 
     /// `name` is for messages.
     pub fn new(name: &str, reader: Box<dyn BufRead>) -> CandidateFile {
-        CandidateFile { name: name.to_string(), reader, line: 0, items: 0 }
+        CandidateFile {
+            name: name.to_string(),
+            reader,
+            line: 0,
+            items: 0,
+        }
     }
 
     /// What messages call the file.
@@ -129,13 +144,24 @@ impl CandidateFile {
     fn next_line(&mut self) -> Result<Option<String>, CandidateFileError> {
         loop {
             let mut bytes = Vec::new();
-            let read = self.reader.by_ref().take(MAX_LINE_BYTES + 1).read_until(b'\n', &mut bytes);
+            let read = self
+                .reader
+                .by_ref()
+                .take(MAX_LINE_BYTES + 1)
+                .read_until(b'\n', &mut bytes);
             self.line += 1;
             match read {
-                Err(source) => return Err(CandidateFileError::Read { name: self.name.clone(), source }),
+                Err(source) => {
+                    return Err(CandidateFileError::Read {
+                        name: self.name.clone(),
+                        source,
+                    });
+                }
                 Ok(0) => return Ok(None),
                 Ok(length) if length as u64 > MAX_LINE_BYTES => {
-                    return Err(self.wrong(format!("the line is longer than {MAX_LINE_BYTES} bytes")));
+                    return Err(
+                        self.wrong(format!("the line is longer than {MAX_LINE_BYTES} bytes"))
+                    );
                 }
                 Ok(_) => {}
             }
@@ -147,7 +173,11 @@ impl CandidateFile {
     }
 
     fn wrong(&self, problem: impl Into<String>) -> CandidateFileError {
-        CandidateFileError::Line { name: self.name.clone(), line: self.line, problem: problem.into() }
+        CandidateFileError::Line {
+            name: self.name.clone(),
+            line: self.line,
+            problem: problem.into(),
+        }
     }
 }
 
@@ -179,11 +209,15 @@ fn parse(text: &str, line: usize, number: usize) -> Result<Item, String> {
         field(&fields, "prompt")?,
     ) {
         (Some(token_ids), _, _) => Prompt::TokenIds(token_ids),
-        (None, Some(_), Some(_)) => return Err("it has both `prompt` and `messages`: give one".to_string()),
+        (None, Some(_), Some(_)) => {
+            return Err("it has both `prompt` and `messages`: give one".to_string());
+        }
         (None, Some(messages), None) => Prompt::Messages(messages),
         (None, None, Some(text)) => Prompt::Text(text),
         (None, None, None) => {
-            return Err("it has no prompt: give `prompt`, `messages` or `prompt_token_ids`".to_string());
+            return Err(
+                "it has no prompt: give `prompt`, `messages` or `prompt_token_ids`".to_string(),
+            );
         }
     };
     let texts: Option<Vec<String>> = field(&fields, "candidates")?;
@@ -192,15 +226,21 @@ fn parse(text: &str, line: usize, number: usize) -> Result<Item, String> {
         && texts.len() != token_ids.len()
     {
         let (texts, token_ids) = (texts.len(), token_ids.len());
-        return Err(format!("{texts} `candidates`, but {token_ids} `candidate_token_ids`"));
+        return Err(format!(
+            "{texts} `candidates`, but {token_ids} `candidate_token_ids`"
+        ));
     }
-    let candidates = token_ids.map(Candidates::TokenIds).or(texts.map(Candidates::Texts));
+    let candidates = token_ids
+        .map(Candidates::TokenIds)
+        .or(texts.map(Candidates::Texts));
     let of_each = |name: &str| -> Result<Option<Vec<f32>>, String> {
         let numbers: Option<Vec<f32>> = field(&fields, name)?;
         match (&numbers, &candidates) {
-            (Some(numbers), Some(candidates)) if numbers.len() != candidates.len() => {
-                Err(format!("`{name}` has {} numbers for {} candidates", numbers.len(), candidates.len()))
-            }
+            (Some(numbers), Some(candidates)) if numbers.len() != candidates.len() => Err(format!(
+                "`{name}` has {} numbers for {} candidates",
+                numbers.len(),
+                candidates.len()
+            )),
             _ => Ok(numbers),
         }
     };
@@ -210,7 +250,11 @@ fn parse(text: &str, line: usize, number: usize) -> Result<Item, String> {
     };
     Ok(Item {
         line,
-        id: fields.get("id").filter(|id| !id.is_null()).cloned().unwrap_or_else(|| number.into()),
+        id: fields
+            .get("id")
+            .filter(|id| !id.is_null())
+            .cloned()
+            .unwrap_or_else(|| number.into()),
         prompt,
         mean_logprob: of_each("mean_logprob")?,
         length: of_each("length")?,
@@ -221,10 +265,15 @@ fn parse(text: &str, line: usize, number: usize) -> Result<Item, String> {
 }
 
 /// A field of the expected type; `null` counts as absent.
-fn field<'a, T: Deserialize<'a>>(fields: &'a Map<String, Value>, name: &str) -> Result<Option<T>, String> {
+fn field<'a, T: Deserialize<'a>>(
+    fields: &'a Map<String, Value>,
+    name: &str,
+) -> Result<Option<T>, String> {
     match fields.get(name) {
         None | Some(Value::Null) => Ok(None),
-        Some(value) => T::deserialize(value).map(Some).map_err(|error| format!("`{name}`: {error}")),
+        Some(value) => T::deserialize(value)
+            .map(Some)
+            .map_err(|error| format!("`{name}`: {error}")),
     }
 }
 
@@ -236,7 +285,9 @@ mod tests {
 
     fn read(text: &str) -> Vec<Result<Item, String>> {
         let reader = Box::new(std::io::Cursor::new(text.as_bytes().to_vec()));
-        CandidateFile::new("items.jsonl", reader).map(|item| item.map_err(|e| e.to_string())).collect()
+        CandidateFile::new("items.jsonl", reader)
+            .map(|item| item.map_err(|e| e.to_string()))
+            .collect()
     }
 
     fn problem(line: &str) -> String {
@@ -257,16 +308,25 @@ mod tests {
         .collect();
         assert_eq!(items.len(), 3);
         assert_eq!(items[0].prompt, Prompt::Text("p".into()));
-        assert_eq!(items[0].candidates, Some(Candidates::Texts(vec!["x".into(), "".into()])));
+        assert_eq!(
+            items[0].candidates,
+            Some(Candidates::Texts(vec!["x".into(), "".into()]))
+        );
         assert_eq!(items[0].stop, Some(vec!["\n".into()]));
         assert_eq!(items[0].fields["labels"], json!([0, 1]));
         assert_eq!((items[1].line, &items[1].id), (3, &json!(1)));
-        assert_eq!(items[1].prompt, Prompt::Messages(vec![ChatMessage::new("user", "hi")]));
+        assert_eq!(
+            items[1].prompt,
+            Prompt::Messages(vec![ChatMessage::new("user", "hi")])
+        );
         assert_eq!(items[1].candidates, None);
         assert_eq!(items[1].stop, Some(vec!["a".into(), "b".into()]));
         assert_eq!((items[2].line, &items[2].id), (4, &json!(3)));
         assert_eq!(items[2].prompt, Prompt::TokenIds(vec![1, 2]));
-        assert_eq!(items[2].candidates, Some(Candidates::TokenIds(vec![vec![3]])));
+        assert_eq!(
+            items[2].candidates,
+            Some(Candidates::TokenIds(vec![vec![3]]))
+        );
         assert_eq!(items[2].mean_logprob, Some(vec![-0.5]));
         assert_eq!(items[2].length, Some(vec![1.0]));
     }
@@ -274,14 +334,35 @@ mod tests {
     #[test]
     fn problems_name_the_line_and_the_field() {
         for (line, expected) in [
-            ("{\"prompt\":\"a\"", "not a JSON object: EOF while parsing an object at column 13"),
-            ("[1]", "not a JSON object: invalid type: sequence, expected a map"),
-            ("{\"prompt\":7}", "`prompt`: invalid type: integer `7`, expected a string"),
+            (
+                "{\"prompt\":\"a\"",
+                "not a JSON object: EOF while parsing an object",
+            ),
+            (
+                "[1]",
+                "not a JSON object: invalid type: sequence, expected a map",
+            ),
+            (
+                "{\"prompt\":7}",
+                "`prompt`: invalid type: integer `7`, expected a string",
+            ),
             ("{\"candidates\":[]}", "it has no prompt: give"),
-            ("{\"prompt\":\"a\",\"messages\":[]}", "both `prompt` and `messages`"),
-            ("{\"prompt\":\"a\",\"candidates\":[1]}", "`candidates`: invalid type"),
-            ("{\"prompt_token_ids\":[-1]}", "`prompt_token_ids`: invalid value: integer `-1`"),
-            ("{\"prompt_token_ids\":[4294967296]}", "integer `4294967296`, expected u32"),
+            (
+                "{\"prompt\":\"a\",\"messages\":[]}",
+                "both `prompt` and `messages`",
+            ),
+            (
+                "{\"prompt\":\"a\",\"candidates\":[1]}",
+                "`candidates`: invalid type",
+            ),
+            (
+                "{\"prompt_token_ids\":[-1]}",
+                "`prompt_token_ids`: invalid value: integer `-1`",
+            ),
+            (
+                "{\"prompt_token_ids\":[4294967296]}",
+                "integer `4294967296`, expected u32",
+            ),
             (
                 "{\"prompt\":\"a\",\"candidates\":[\"x\"],\"candidate_token_ids\":[[1],[2]]}",
                 "1 `candidates`, but 2 `candidate_token_ids`",
@@ -290,7 +371,10 @@ mod tests {
                 "{\"prompt\":\"a\",\"candidates\":[\"x\"],\"length\":[1,2]}",
                 "`length` has 2 numbers for 1 candidates",
             ),
-            ("{\"prompt\":\"a\",\"messages\":\"b\"}", "`messages`: invalid type"),
+            (
+                "{\"prompt\":\"a\",\"messages\":\"b\"}",
+                "`messages`: invalid type",
+            ),
             ("{\"prompt\":\"a\",\"stop\":3}", "`stop`: invalid type"),
         ] {
             let message = problem(&format!("\n{line}\n"));
@@ -303,7 +387,11 @@ mod tests {
     #[test]
     fn text_that_is_not_utf8_is_named() {
         let reader = Box::new(std::io::Cursor::new(b"{\"prompt\":\"\xff\"}".to_vec()));
-        let message = CandidateFile::new("f", reader).next().unwrap().unwrap_err().to_string();
+        let message = CandidateFile::new("f", reader)
+            .next()
+            .unwrap()
+            .unwrap_err()
+            .to_string();
         assert_eq!(message, "f:1: the line is not UTF-8");
     }
 
@@ -312,7 +400,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for path in [folder.path(), &folder.path().join("none.jsonl")] {
             let message = CandidateFile::open(path).err().unwrap().to_string();
-            assert!(message.starts_with(&format!("cannot read {}: ", path.display())), "{message}");
+            assert!(
+                message.starts_with(&format!("cannot read {}: ", path.display())),
+                "{message}"
+            );
         }
         assert!(CandidateFile::check(folder.path()).unwrap().is_none());
     }
@@ -325,7 +416,10 @@ mod tests {
         assert_eq!(CandidateFile::check(&path).unwrap(), Some(2));
         std::fs::write(&path, "{\"prompt\":\"a\"}\n\n{\"prompt\":}").unwrap();
         let message = CandidateFile::check(&path).unwrap_err().to_string();
-        assert!(message.contains("f.jsonl:3: not a JSON object"), "{message}");
+        assert!(
+            message.contains("f.jsonl:3: not a JSON object"),
+            "{message}"
+        );
     }
 
     proptest! {

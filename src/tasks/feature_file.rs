@@ -46,12 +46,21 @@ impl FeatureWriter {
     pub fn create(path: &Path, source: FeatureSource) -> Result<FeatureWriter, WriteError> {
         let mut file = WholeFile::create(path)?;
         // No header is longer than the one with the largest numbers.
-        let header_bytes = header(&source, u64::MAX / 4, u64::MAX / 4).len().next_multiple_of(8);
+        let header_bytes = header(&source, u64::MAX / 4, u64::MAX / 4)
+            .len()
+            .next_multiple_of(8);
         let prompts = tempfile::tempfile().map_err(|source| file.error(source))?;
         let blank = vec![b' '; 8 + header_bytes];
-        file.write_all(&blank).map_err(|source| file.error(source))?;
+        file.write_all(&blank)
+            .map_err(|source| file.error(source))?;
         let prompts = BufWriter::new(prompts);
-        Ok(FeatureWriter { source, file, prompts, offsets: vec![0], header_bytes })
+        Ok(FeatureWriter {
+            source,
+            file,
+            prompts,
+            offsets: vec![0],
+            header_bytes,
+        })
     }
 
     /// Groups so far.
@@ -75,7 +84,8 @@ impl FeatureWriter {
             Ok(())
         };
         write().map_err(|source| self.file.error(source))?;
-        self.offsets.push(self.offsets[self.offsets.len() - 1] + rows);
+        self.offsets
+            .push(self.offsets[self.offsets.len() - 1] + rows);
         Ok(())
     }
 
@@ -103,10 +113,14 @@ impl FeatureWriter {
 
 fn write_row(to: &mut impl Write, row: &[f32], hidden_size: usize) -> io::Result<()> {
     if row.len() != hidden_size {
-        let problem = format!("a feature has {} numbers instead of {hidden_size}", row.len());
+        let problem = format!(
+            "a feature has {} numbers instead of {hidden_size}",
+            row.len()
+        );
         return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
     }
-    row.iter().try_for_each(|number| to.write_all(&number.to_le_bytes()))
+    row.iter()
+        .try_for_each(|number| to.write_all(&number.to_le_bytes()))
 }
 
 /// The JSON header of a file with so many groups and candidates.
@@ -115,7 +129,10 @@ fn header(source: &FeatureSource, groups: u64, candidates: u64) -> String {
     let mut end = 0u64;
     let mut tensor = |dtype: &str, shape: &[u64], bytes: u64| {
         let begin = end;
-        end = shape.iter().fold(bytes, |bytes, size| bytes.saturating_mul(*size)).saturating_add(begin);
+        end = shape
+            .iter()
+            .fold(bytes, |bytes, size| bytes.saturating_mul(*size))
+            .saturating_add(begin);
         json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, end]})
     };
     json!({
@@ -138,7 +155,12 @@ mod tests {
     use safetensors::{Dtype, SafeTensors};
 
     fn floats(bytes: &[u8]) -> Vec<f32> {
-        bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+        bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|&b| f32::from_le_bytes(b))
+            .collect()
     }
 
     #[test]
@@ -154,8 +176,12 @@ mod tests {
         let row = |start: f32| [start, start + 0.5, -start];
         let mut writer = FeatureWriter::create(&path, source).unwrap();
         for (group, candidates) in [2usize, 0, 3].into_iter().enumerate() {
-            let rows: Vec<_> = (0..candidates).map(|k| row((10 * group + k) as f32)).collect();
-            writer.push(&row(100.0 + group as f32), rows.iter().map(|r| &r[..])).unwrap();
+            let rows: Vec<_> = (0..candidates)
+                .map(|k| row((10 * group + k) as f32))
+                .collect();
+            writer
+                .push(&row(100.0 + group as f32), rows.iter().map(|r| &r[..]))
+                .unwrap();
         }
         assert_eq!(writer.groups(), 3);
         writer.finish().unwrap();
@@ -170,15 +196,23 @@ mod tests {
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let prompt = tensors.tensor("prompt").unwrap();
         assert_eq!((prompt.dtype(), prompt.shape()), (Dtype::F32, &[3, 3][..]));
-        assert_eq!(floats(prompt.data()), [row(100.0), row(101.0), row(102.0)].concat());
+        assert_eq!(
+            floats(prompt.data()),
+            [row(100.0), row(101.0), row(102.0)].concat()
+        );
         let candidates = tensors.tensor("candidates").unwrap();
         assert_eq!(candidates.shape(), [5, 3]);
         let expected = [row(0.0), row(1.0), row(20.0), row(21.0), row(22.0)].concat();
         assert_eq!(floats(candidates.data()), expected);
         let offsets = tensors.tensor("offsets").unwrap();
         assert_eq!((offsets.dtype(), offsets.shape()), (Dtype::I64, &[4][..]));
-        let offsets: Vec<i64> =
-            offsets.data().as_chunks().0.iter().map(|&b| i64::from_le_bytes(b)).collect();
+        let offsets: Vec<i64> = offsets
+            .data()
+            .as_chunks()
+            .0
+            .iter()
+            .map(|&b| i64::from_le_bytes(b))
+            .collect();
         assert_eq!(offsets, [0, 2, 2, 5]);
     }
 
@@ -186,8 +220,12 @@ mod tests {
     fn a_row_of_another_width_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f.safetensors");
-        let source =
-            FeatureSource { layer: 1, model: String::new(), fingerprint: String::new(), hidden_size: 3 };
+        let source = FeatureSource {
+            layer: 1,
+            model: String::new(),
+            fingerprint: String::new(),
+            hidden_size: 3,
+        };
         let mut writer = FeatureWriter::create(&path, source).unwrap();
         let error = writer.push(&[1.0, 2.0], []).unwrap_err().to_string();
         assert!(error.contains("2 numbers instead of 3"), "{error}");

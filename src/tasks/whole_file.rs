@@ -41,8 +41,14 @@ impl WholeFile {
             _ => temporary(path).map(Target::Temporary),
         };
         match target {
-            Ok(target) => Ok(WholeFile { path: path.to_path_buf(), written: BufWriter::new(target) }),
-            Err(source) => Err(WriteError { path: path.to_path_buf(), source }),
+            Ok(target) => Ok(WholeFile {
+                path: path.to_path_buf(),
+                written: BufWriter::new(target),
+            }),
+            Err(source) => Err(WriteError {
+                path: path.to_path_buf(),
+                source,
+            }),
         }
     }
 
@@ -52,7 +58,10 @@ impl WholeFile {
 
     /// Puts the path into an error of writing.
     pub fn error(&self, source: io::Error) -> WriteError {
-        WriteError { path: self.path.clone(), source }
+        WriteError {
+            path: self.path.clone(),
+            source,
+        }
     }
 
     /// Brings everything to the disk and gives the file its name.
@@ -66,12 +75,17 @@ impl WholeFile {
             }
             Ok(())
         };
-        finish().map_err(|source| WriteError { path: path.clone(), source })
+        finish().map_err(|source| WriteError {
+            path: path.clone(),
+            source,
+        })
     }
 }
 
 fn temporary(path: &Path) -> io::Result<NamedTempFile> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
     let mut builder = tempfile::Builder::new();
     builder.prefix(".podium-");
     // As any other new file: what the umask leaves, not the 0600 of temporary files.
@@ -141,15 +155,25 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         file.finish().unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
-        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
+        assert_eq!(
+            std::fs::read_dir(&folder).unwrap().count(),
+            1,
+            "no temporary file is left"
+        );
     }
 
     #[test]
     fn folders_that_are_not_there_are_known_at_once() {
         let folder = tempfile::tempdir().unwrap();
-        for path in [folder.path().join("missing/out"), folder.path().to_path_buf()] {
+        for path in [
+            folder.path().join("missing/out"),
+            folder.path().to_path_buf(),
+        ] {
             let message = WholeFile::create(&path).unwrap_err().to_string();
-            assert!(message.starts_with(&format!("cannot write {}: ", path.display())), "{message}");
+            assert!(
+                message.starts_with(&format!("cannot write {}: ", path.display())),
+                "{message}"
+            );
         }
     }
 

@@ -317,7 +317,15 @@ unsafe fn attend<'q, S: Simd>(
         for page in (0..pages.len()).step_by(2) {
             let two = [k_pages(page), k_pages(page + 1)];
             let place = scores.add(page * PAGE_LEN);
-            interleaved_tile::<S>(rows, state.tile.as_ptr(), two, shape.head_dim, place, BLOCK, true);
+            interleaved_tile::<S>(
+                rows,
+                state.tile.as_ptr(),
+                two,
+                shape.head_dim,
+                place,
+                BLOCK,
+                true,
+            );
         }
         for i in 0..rows {
             let (low, high) = span(i);

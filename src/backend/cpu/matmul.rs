@@ -103,7 +103,6 @@ impl Inputs {
         // A few tiles a task: a tile of narrow rows is too little to hand over.
         let chunk = count.div_ceil(4 * team.threads()).max(1);
         team.run(count.div_ceil(chunk), |task| {
-            let data = data;
             for tile in &tiles[task * chunk..count.min((task + 1) * chunk)] {
                 // SAFETY: tiles are disjoint, and lie within `rows × padded` numbers.
                 let out = unsafe { data.at(tile.first_row * padded) };
@@ -444,17 +443,28 @@ struct Gemv<'a, F> {
 
 impl<F: Format> Kernel for Gemv<'_, F> {
     type Output = ();
+    // Counted loops are unrolled early, so that the sums stay in registers.
+    #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         unsafe {
             let mut acc = [S::splat(0.0); GEMV_PANELS];
+            // A panel is too short a run for the processor to notice it in time: the same place of
+            // the next panels, which follow in memory, is asked for while these are computed.
+            let unit_bytes = F::BLOCK_BYTES / (F::BLOCK_INPUTS / UNIT);
+            let ahead = GEMV_PANELS * self.width.div_ceil(F::BLOCK_INPUTS) * F::BLOCK_BYTES;
             for block in 0..self.width.div_ceil(F::BLOCK_INPUTS) {
                 for unit in 0..F::BLOCK_INPUTS / UNIT {
                     let x = self.x.add(block * F::BLOCK_INPUTS + unit * UNIT);
-                    for (panel, acc) in self.panels.iter().zip(&mut acc) {
-                        let weights = F::unit::<S>(panel.add(block * F::BLOCK_BYTES), unit);
-                        for (i, weight) in weights.into_iter().enumerate() {
-                            *acc = S::fma(S::splat(*x.add(i)), weight, *acc);
+                    for p in 0..GEMV_PANELS {
+                        let packed = self.panels[p].add(block * F::BLOCK_BYTES);
+                        for line in (0..unit_bytes).step_by(64) {
+                            let here = packed.wrapping_add(unit * unit_bytes + line);
+                            S::prefetch(here.wrapping_add(ahead));
+                        }
+                        let weights = F::unit::<S>(packed, unit);
+                        for i in 0..UNIT {
+                            acc[p] = S::fma(S::splat(*x.add(i)), weights[i], acc[p]);
                         }
                     }
                 }
@@ -476,7 +486,9 @@ unsafe fn gemv<S: Simd>(
     sums: &mut [[f32; LANES]; GEMV_PANELS],
 ) {
     // SAFETY: passed on.
-    unsafe { with_format!(dtype, F => S::call(Gemv::<F> { panels, x, width, sums, format: PhantomData })) }
+    unsafe {
+        with_format!(dtype, F => S::call(Gemv::<F> { panels, x, width, sums, format: PhantomData }))
+    }
 }
 
 /// Adds `x · wide` to two vectors of sums a row, `c[row][2][16]`, or sets them where `first`.
@@ -530,15 +542,27 @@ mod tests {
         let values = random(seed, rows * columns);
         let data: Vec<u8> = match dtype {
             Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
-            Dtype::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+            Dtype::F16 => values
+                .iter()
+                .flat_map(|v| half::f16::from_f32(*v).to_le_bytes())
+                .collect(),
+            Dtype::BF16 => values
+                .iter()
+                .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+                .collect(),
             _ => {
                 let len = rows * dtype.row_bytes(columns).unwrap();
-                let mut data: Vec<u8> =
-                    random(seed, len).iter().map(|v| (v * 128.0) as i32 as u8).collect();
+                let mut data: Vec<u8> = random(seed, len)
+                    .iter()
+                    .map(|v| (v * 128.0) as i32 as u8)
+                    .collect();
                 let scale = half::f16::from_f32(0.013).to_le_bytes();
                 for block in data.chunks_mut(dtype.block_bytes()) {
-                    let at = if dtype == Dtype::Q6K { block.len() - 2 } else { 0 };
+                    let at = if dtype == Dtype::Q6K {
+                        block.len() - 2
+                    } else {
+                        0
+                    };
                     block[at..at + 2].copy_from_slice(&scale);
                     if matches!(dtype, Dtype::Q4_1 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K) {
                         block[2..4].copy_from_slice(&half::f16::from_f32(0.07).to_le_bytes());
@@ -547,13 +571,18 @@ mod tests {
                 data
             }
         };
-        Tensor { dtype, shape: vec![rows, columns], data: Cow::Owned(data) }
+        Tensor {
+            dtype,
+            shape: vec![rows, columns],
+            data: Cow::Owned(data),
+        }
     }
 
     fn filled(rows: usize, width: usize, seed: u64) -> Rows {
         let mut x = Rows::new(rows, width);
         for row in 0..rows {
-            x.row_mut(row).copy_from_slice(&random(seed + row as u64, width));
+            x.row_mut(row)
+                .copy_from_slice(&random(seed + row as u64, width));
         }
         x
     }
@@ -572,7 +601,10 @@ mod tests {
     /// is at most the sum of magnitudes.
     fn assert_close(got: f32, (exact, size): (f64, f64), inputs: usize, what: &str) {
         let bound = size * (inputs as f64 + 4.0) * f64::from(f32::EPSILON) / 2.0 + 1e-30;
-        assert!((f64::from(got) - exact).abs() <= bound, "{what}: {got}, exactly {exact}");
+        assert!(
+            (f64::from(got) - exact).abs() <= bound,
+            "{what}: {got}, exactly {exact}"
+        );
     }
 
     #[test]
@@ -581,7 +613,11 @@ mod tests {
             for dtype in DTYPES {
                 let block = dtype.block_len();
                 for (out_features, blocks) in [(16, 1), (50, 3), (33, 2)] {
-                    let in_features = if block == 1 { 40 * blocks + 3 } else { block * blocks };
+                    let in_features = if block == 1 {
+                        40 * blocks + 3
+                    } else {
+                        block * blocks
+                    };
                     let team = Team::new(2).unwrap();
                     let stored = stored(dtype, 7, out_features, in_features);
                     let weight = Matrix::pack(&team, std::slice::from_ref(&stored));
@@ -592,19 +628,52 @@ mod tests {
                         let chosen: Vec<u32> = (0..rows).collect();
                         let mut out = Rows::new(rows as usize, out_features);
                         inputs.fill(&team, isa, &x, Some(&chosen), None);
-                        matmul(&team, isa, &inputs, &weight, None, Epilogue::Store, &mut out);
+                        matmul(
+                            &team,
+                            isa,
+                            &inputs,
+                            &weight,
+                            None,
+                            Epilogue::Store,
+                            &mut out,
+                        );
                         for row in 0..rows as usize {
                             inputs.fill(&team, isa, &x, Some(&[row as u32]), None);
-                            matmul(&team, isa, &inputs, &weight, None, Epilogue::Store, &mut alone);
-                            assert_eq!(out.row(row), alone.row(0), "{dtype:?}, row {row} of {rows}");
+                            matmul(
+                                &team,
+                                isa,
+                                &inputs,
+                                &weight,
+                                None,
+                                Epilogue::Store,
+                                &mut alone,
+                            );
+                            assert_eq!(
+                                out.row(row),
+                                alone.row(0),
+                                "{dtype:?}, row {row} of {rows}"
+                            );
                         }
                     }
                     for row in 0..29 {
                         inputs.fill(&team, isa, &x, Some(&[row]), None);
-                        matmul(&team, isa, &inputs, &weight, None, Epilogue::Store, &mut alone);
+                        matmul(
+                            &team,
+                            isa,
+                            &inputs,
+                            &weight,
+                            None,
+                            Epilogue::Store,
+                            &mut alone,
+                        );
                         let exact = reference(x.row(row as usize), &stored);
                         for (got, exact) in alone.row(0).iter().zip(exact) {
-                            assert_close(*got, exact, in_features, &format!("{dtype:?} {}", isa.name()));
+                            assert_close(
+                                *got,
+                                exact,
+                                in_features,
+                                &format!("{dtype:?} {}", isa.name()),
+                            );
                         }
                     }
                 }
@@ -622,7 +691,15 @@ mod tests {
             let x = filled(rows, stored.columns(), 11);
             let (mut inputs, mut out) = (Inputs::default(), Rows::new(rows, 40));
             inputs.fill(&team, isa, &x, None, None);
-            matmul(&team, isa, &inputs, &weight, None, Epilogue::Store, &mut out);
+            matmul(
+                &team,
+                isa,
+                &inputs,
+                &weight,
+                None,
+                Epilogue::Store,
+                &mut out,
+            );
             for row in 0..rows {
                 for (got, exact) in out.row(row).iter().zip(reference(x.row(row), &stored)) {
                     assert_close(*got, exact, stored.columns(), isa.name());
@@ -636,10 +713,16 @@ mod tests {
         let (width, outputs) = (72, 38);
         for isa in Isa::available() {
             let team = Team::new(1).unwrap();
-            let (gate, up) = (stored(Dtype::F32, 1, outputs, width), stored(Dtype::F16, 2, outputs, width));
+            let (gate, up) = (
+                stored(Dtype::F32, 1, outputs, width),
+                stored(Dtype::F16, 2, outputs, width),
+            );
             let bias_values = random(9, 2 * outputs);
             let (bias, norm_weight) = (Vector::new(&bias_values), Vector::new(&random(8, width)));
-            let norm = Norm { weight: &norm_weight, epsilon: 1e-5 };
+            let norm = Norm {
+                weight: &norm_weight,
+                epsilon: 1e-5,
+            };
             let x = filled(3, width, 21);
             let mut inputs = Inputs::default();
             inputs.fill(&team, isa, &x, None, Some(&norm));
@@ -649,39 +732,93 @@ mod tests {
             for row in 0..3 {
                 let x: Vec<f64> = x.row(row).iter().map(|x| f64::from(*x)).collect();
                 let scale = (x.iter().map(|x| x * x).sum::<f64>() / width as f64 + 1e-5).sqrt();
-                let normed = x.iter().zip(norm_weight.as_slice()).map(|(x, w)| x / scale * f64::from(*w));
+                let normed = x
+                    .iter()
+                    .zip(norm_weight.as_slice())
+                    .map(|(x, w)| x / scale * f64::from(*w));
                 let normed: Vec<f64> = normed.collect();
                 let product = |weight: &Tensor, output: usize, bias: usize| -> f64 {
                     let row = &weight.to_f32()[output * width..][..width];
-                    let dot: f64 = row.iter().zip(&normed).map(|(w, x)| f64::from(*w) * x).sum();
+                    let dot: f64 = row
+                        .iter()
+                        .zip(&normed)
+                        .map(|(w, x)| f64::from(*w) * x)
+                        .sum();
                     dot + f64::from(bias_values[bias])
                 };
                 let check = |got: &Rows, at: usize, exact: f64, what: &str| {
                     // The norm's scale, the products and the activation each round: 1e-5 of numbers of
                     // size one is ten times what they add up to.
                     let error = (f64::from(got.row(row)[at]) - exact).abs();
-                    assert!(error < 1e-5 * exact.abs().max(1.0), "{what} {}: off by {error}", isa.name());
+                    assert!(
+                        error < 1e-5 * exact.abs().max(1.0),
+                        "{what} {}: off by {error}",
+                        isa.name()
+                    );
                 };
                 let mut out = Rows::new(3, 2 * outputs);
-                matmul(&team, isa, &inputs, &plain, Some(&bias), Epilogue::Store, &mut out);
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &plain,
+                    Some(&bias),
+                    Epilogue::Store,
+                    &mut out,
+                );
                 let mut capped = Rows::new(3, 2 * outputs);
-                matmul(&team, isa, &inputs, &plain, Some(&bias), Epilogue::Softcap(3.0), &mut capped);
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &plain,
+                    Some(&bias),
+                    Epilogue::Softcap(3.0),
+                    &mut capped,
+                );
                 let mut added = Rows::new(3, 2 * outputs);
                 for row in 0..3 {
                     added.row_mut(row)[..outputs].copy_from_slice(&before);
                 }
-                matmul(&team, isa, &inputs, &plain, Some(&bias), Epilogue::Add, &mut added);
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &plain,
+                    Some(&bias),
+                    Epilogue::Add,
+                    &mut added,
+                );
                 let mut silu = Rows::new(3, outputs);
-                matmul(&team, isa, &inputs, &gated, Some(&bias), Epilogue::Gated(Activation::Silu), &mut silu);
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &gated,
+                    Some(&bias),
+                    Epilogue::Gated(Activation::Silu),
+                    &mut silu,
+                );
                 let mut gelu = Rows::new(3, outputs);
                 let tanh_form = Epilogue::Gated(Activation::GeluTanh);
-                matmul(&team, isa, &inputs, &gated, Some(&bias), tanh_form, &mut gelu);
-                for output in 0..outputs {
-                    let (g, u) = (product(&gate, output, output), product(&up, output, outputs + output));
+                matmul(
+                    &team,
+                    isa,
+                    &inputs,
+                    &gated,
+                    Some(&bias),
+                    tanh_form,
+                    &mut gelu,
+                );
+                for (output, before) in before.iter().enumerate() {
+                    let (g, u) = (
+                        product(&gate, output, output),
+                        product(&up, output, outputs + output),
+                    );
                     check(&out, output, g, "store");
                     check(&out, outputs + output, u, "store");
                     check(&capped, output, 3.0 * (g / 3.0).tanh(), "softcap");
-                    check(&added, output, g + f64::from(before[output]), "add");
+                    check(&added, output, g + f64::from(*before), "add");
                     check(&silu, output, g / (1.0 + (-g).exp()) * u, "silu");
                     let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
                     check(&gelu, output, 0.5 * g * (1.0 + inner.tanh()) * u, "gelu");

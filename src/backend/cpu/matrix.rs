@@ -179,7 +179,14 @@ impl Kernel for ReadLane<'_> {
         let mut wide = [0.0f32; UNIT * LANES];
         for (unit, out) in self.out.chunks_mut(UNIT).enumerate() {
             // SAFETY: the panel has inputs in whole units, as many as `out` needs.
-            unsafe { widen::<S>((self.dtype, self.panel), unit * UNIT, UNIT, wide.as_mut_ptr()) };
+            unsafe {
+                widen::<S>(
+                    (self.dtype, self.panel),
+                    unit * UNIT,
+                    UNIT,
+                    wide.as_mut_ptr(),
+                )
+            };
             for (i, out) in out.iter_mut().enumerate() {
                 *out = wide[i * LANES + self.lane];
             }
@@ -224,7 +231,9 @@ pub(super) unsafe fn widen<S: Simd>(
     out: *mut f32,
 ) {
     // SAFETY: passed on.
-    unsafe { with_format!(dtype, F => S::call(Widen::<F> { panel, first, count, out, format: PhantomData })) }
+    unsafe {
+        with_format!(dtype, F => S::call(Widen::<F> { panel, first, count, out, format: PhantomData }))
+    }
 }
 
 impl Part {

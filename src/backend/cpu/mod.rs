@@ -1,7 +1,9 @@
 //! The CPU backend: rayon threads, SIMD chosen at run time.
 
 pub mod attention;
+mod filter;
 pub mod kv_cache;
+pub mod limits;
 pub mod matmul;
 pub mod matrix;
 pub mod rope;
@@ -84,7 +86,9 @@ impl Cpu {
             }
         });
         // `run` has returned, so every task has stored its result.
-        let results = results.into_iter().map(|result| result.into_inner().ok().flatten());
+        let results = results
+            .into_iter()
+            .map(|result| result.into_inner().ok().flatten());
         results.flatten().collect()
     }
 

@@ -88,7 +88,8 @@ pub fn rope_append(
     let (qkv, kv) = (qkv.shared(), kv.shared());
     let chunk = rows.div_ceil(4 * team.threads());
     team.run(rows.div_ceil(chunk), |task| {
-        for row in task * chunk..rows.min((task + 1) * chunk) {
+        let first = task * chunk;
+        for (row, &place) in (first..).zip(&places[first..rows.min(first + chunk)]) {
             // SAFETY: each row belongs to one task, and so does its place in the cache.
             let row_of_qkv = unsafe { std::slice::from_raw_parts_mut(qkv.row(row), width) };
             let (queries, rest) = row_of_qkv.split_at_mut(heads * head_dim);
@@ -102,7 +103,7 @@ pub fn rope_append(
                 angles.rotate(row, key);
                 let value = &values[kv_head * head_dim..][..head_dim];
                 // SAFETY: as above.
-                unsafe { kv.append(places[row], append.layer, kv_head, key, value) };
+                unsafe { kv.append(place, append.layer, kv_head, key, value) };
             }
         }
     });

@@ -12,13 +12,12 @@
 //!    as are needed. Min-p: the cut is min_p, the largest weight being 1.
 //! 5. With u = [`uniform`](crate::backend::random::uniform)(seed, candidate, position), the token is
 //!    the first in the order of ids at which the running sum of kept masses exceeds ⌊u · total⌋.
-//!
-//! The cuts are found by bisection over the bits of w, which order as the numbers do: each step is
-//! one pass of compare and add over the weights still in question. Nothing is sorted.
 
 use std::cell::RefCell;
+use std::cmp::Ordering;
 
-use super::softmax::{CHUNK, any_above, mass, mass_and_count, max_and_sum, statistics, weigh};
+use super::filter::Weights;
+use super::softmax::{CHUNK, any_above, mass, mass_and_count, max_and_sum, statistics};
 use crate::backend::random::{UNIFORM_BITS, uniform};
 use crate::backend::sampling::{LogitsError, SampleRow, Sampled};
 
@@ -34,14 +33,9 @@ pub fn sample(logits: &[f32], row: &SampleRow) -> Result<Sampled, LogitsError> {
         if row.params.temperature == 0.0 {
             return Ok(first_of(logits, max));
         }
-        let cut = filter(
-            logits,
-            max,
-            row,
-            &mut scratch.weights,
-            &mut scratch.undecided,
-        );
-        Ok(draw(&scratch.weights, cut, row, &mut scratch.chunk_masses))
+        scratch.weights.filter(logits, max, row.params);
+        let random = uniform(row.seed, row.candidate, row.position);
+        Ok(draw(&scratch.weights, random, &mut scratch.chunk_masses))
     })?;
     let log_sum_exp = f64::from(statistics.log_sum_exp);
     let logprob = |token: usize| (f64::from(logits[token]) - log_sum_exp) as f32;
@@ -67,33 +61,25 @@ pub fn distribution(logits: &[f32], row: &SampleRow) -> Result<Vec<(u32, f64)>, 
         if row.params.temperature == 0.0 {
             return Ok(vec![(first_of(logits, max) as u32, 1.0)]);
         }
-        let cut = filter(
-            logits,
-            max,
-            row,
-            &mut scratch.weights,
-            &mut scratch.undecided,
-        );
-        let (total, _) = mass_and_count(&scratch.weights, cut);
-        let kept = scratch
-            .weights
+        scratch.weights.filter(logits, max, row.params);
+        let (weights, cut) = (scratch.weights.values(), scratch.weights.cut());
+        let (total, _) = mass_and_count(weights, cut);
+        let masses = weights
             .iter()
+            .map(|&weight| if weight >= cut { mass(weight) } else { 0 });
+        Ok(masses
             .enumerate()
-            .filter(|&(_, &weight)| weight >= cut);
-        Ok(kept
-            .map(|(token, &weight)| (token as u32, mass(weight) as f64 / total as f64))
-            .filter(|&(_, probability)| probability > 0.0)
+            .filter(|&(_, mass)| mass > 0)
+            .map(|(token, mass)| (token as u32, mass as f64 / total as f64))
             .collect())
     })
 }
 
-/// Buffers as long as the vocabulary, kept from row to row: mapping fresh memory would cost as much
-/// as the sampling.
+/// Buffers kept from row to row.
 #[derive(Default)]
 struct Scratch {
     adjusted: Vec<f32>,
-    weights: Vec<f32>,
-    undecided: Vec<f32>,
+    weights: Weights,
     chunk_masses: Vec<u64>,
 }
 
@@ -166,153 +152,10 @@ fn first_of(values: &[f32], max: f32) -> usize {
     values.iter().position(|&value| value == max).unwrap_or(0)
 }
 
-/// Writes the weights of all tokens into `weights` and returns the cut: the tokens that weigh at
-/// least as much are kept.
-fn filter(
-    logits: &[f32],
-    max: f32,
-    row: &SampleRow,
-    weights: &mut Vec<f32>,
-    undecided: &mut Vec<f32>,
-) -> f32 {
-    let params = row.params;
-    weights.resize(logits.len(), 0.0);
-    // Below 1 / f32::MAX the inverse would be infinite, and the weight of the maximum 0 · ∞.
-    let inverse_temperature = params.temperature.recip().min(f32::MAX);
-    weigh(logits, max, inverse_temperature, weights);
-
-    let mut cut = 0.0;
-    if (1..weights.len()).contains(&params.top_k) {
-        let wanted = params.top_k;
-        cut = find_cut(weights, 0.0, undecided, |tally| tally.count >= wanted).weight;
-    }
-    if params.top_p < 1.0 {
-        let total = mass_and_count(weights, cut).0;
-        // As a float64 the product may be off by 2⁻⁵² of it, as a float32 top_p is by far more.
-        let wanted = ((f64::from(params.top_p) * total as f64).ceil() as u64).clamp(1, total);
-        // Tokens below this weight have no more than half of the mass to be cut off, so the search
-        // starts above most of the vocabulary.
-        let tail = (total - wanted) as f64 / super::softmax::UNIT_MASS as f64;
-        let lowest = (0.5 * tail / weights.len() as f64) as f32;
-        let found = find_cut(weights, lowest.max(cut), undecided, |tally| {
-            tally.mass >= wanted
-        });
-        // Among tokens of equal weight the lowest ids are kept.
-        let ties_kept = (wanted - found.above.mass).div_ceil(mass(found.weight)) as usize;
-        if ties_kept < found.ties {
-            let ties = weights.iter_mut().filter(|weight| **weight == found.weight);
-            ties.skip(ties_kept).for_each(|weight| *weight = 0.0);
-        }
-        cut = found.weight;
-    }
-    cut.max(params.min_p).min(1.0)
-}
-
-/// Mass and number of the tokens from some weight upward.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Tally {
-    mass: u64,
-    count: usize,
-}
-
-#[derive(Debug, PartialEq)]
-struct Cut {
-    weight: f32,
-    /// Of the tokens that weigh more than `weight`.
-    above: Tally,
-    /// Tokens that weigh exactly `weight`.
-    ties: usize,
-}
-
-/// The largest weight such that the tokens weighing at least as much satisfy `enough`, which all
-/// tokens together do.
-///
-/// `likely_below` only makes it fast: most weights are smaller, the one sought probably is not.
-fn find_cut(
-    weights: &[f32],
-    likely_below: f32,
-    undecided: &mut Vec<f32>,
-    enough: impl Fn(Tally) -> bool,
-) -> Cut {
-    let tally = |weights: &[f32], cut: f32| {
-        let (mass, count) = mass_and_count(weights, cut);
-        Tally { mass, count }
-    };
-    // Weights are not negative, so that their bits order as they do. Invariant: the tokens from
-    // `low` upward are enough, those from `high` upward are not; only weights in low..high can be
-    // the cut.
-    let mut low = likely_below.to_bits();
-    let mut at_low = tally(weights, likely_below);
-    if !enough(at_low) {
-        (low, at_low) = (0, tally(weights, 0.0));
-    }
-    let mut high = 1.0f32.to_bits() + 1;
-    let mut above = Tally { mass: 0, count: 0 };
-    // Holds low..high once that is a small part of all.
-    let mut gathered = false;
-    let mut gathered_above = above;
-    while high - low > 1 {
-        let left = at_low.count - above.count;
-        let searched = if gathered {
-            undecided.len()
-        } else {
-            weights.len()
-        };
-        if left < searched / 8 {
-            let (from, to) = (f32::from_bits(low), f32::from_bits(high));
-            if gathered {
-                undecided.retain(|&weight| weight >= from && weight < to);
-            } else {
-                gather(weights, from, to, undecided);
-                gathered = true;
-            }
-            gathered_above = above;
-        }
-        let middle = low + (high - low) / 2;
-        let at_middle = if gathered {
-            let inside = tally(undecided, f32::from_bits(middle));
-            Tally {
-                mass: gathered_above.mass + inside.mass,
-                count: gathered_above.count + inside.count,
-            }
-        } else {
-            tally(weights, f32::from_bits(middle))
-        };
-        if enough(at_middle) {
-            (low, at_low) = (middle, at_middle);
-        } else {
-            (high, above) = (middle, at_middle);
-        }
-    }
-    Cut {
-        weight: f32::from_bits(low),
-        above,
-        ties: at_low.count - above.count,
-    }
-}
-
-/// Collects the weights in `from..to`; few are expected.
-fn gather(weights: &[f32], from: f32, to: f32, into: &mut Vec<f32>) {
-    into.clear();
-    // The largest number below a positive one; below 0 anything negative.
-    let below = if from > 0.0 {
-        f32::from_bits(from.to_bits() - 1)
-    } else {
-        -1.0
-    };
-    for block in weights.chunks(64) {
-        if any_above(block, below) {
-            into.extend(
-                block
-                    .iter()
-                    .filter(|&&weight| weight >= from && weight < to),
-            );
-        }
-    }
-}
-
-/// Draws among the weights of at least `cut`, by inverse distribution function in the order of ids.
-fn draw(weights: &[f32], cut: f32, row: &SampleRow, chunk_masses: &mut Vec<u64>) -> usize {
+/// Draws among the kept tokens, by inverse distribution function in the order of ids. `random` is
+/// from [`uniform`].
+fn draw(weights: &Weights, random: f32, chunk_masses: &mut Vec<u64>) -> usize {
+    let (weights, cut) = (weights.values(), weights.cut());
     chunk_masses.clear();
     chunk_masses.extend(
         weights
@@ -320,10 +163,8 @@ fn draw(weights: &[f32], cut: f32, row: &SampleRow, chunk_masses: &mut Vec<u64>)
             .map(|chunk| mass_and_count(chunk, cut).0),
     );
     let total: u64 = chunk_masses.iter().sum();
-    let grid = 1u64 << UNIFORM_BITS;
-    let random = (uniform(row.seed, row.candidate, row.position) * grid as f32) as u64;
-    // Exact: `random` is below 2²⁴. The product shifted back is below `total`.
-    let mut target = ((u128::from(random) * u128::from(total)) >> UNIFORM_BITS) as u64;
+    let steps = (random * (1u32 << UNIFORM_BITS) as f32) as u128;
+    let mut target = ((steps * u128::from(total)) >> UNIFORM_BITS) as u64;
 
     let mut first = 0;
     for &chunk_mass in chunk_masses.iter() {
@@ -350,7 +191,11 @@ fn largest(logits: &[f32], count: usize) -> Vec<usize> {
     if count == 0 {
         return Vec::new();
     }
-    let by_rank = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
+    // No logit is NaN here; 0 and -0 are equal.
+    let by_rank = |a: &usize, b: &usize| {
+        let order = logits[*b].partial_cmp(&logits[*a]);
+        order.unwrap_or(Ordering::Equal).then(a.cmp(b))
+    };
     // Tokens that beat the `count` best so far; those are sifted out whenever it has grown enough.
     let mut best: Vec<usize> = (0..count).collect();
     let mut bound = best

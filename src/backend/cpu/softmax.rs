@@ -3,7 +3,7 @@
 //! Every result here has the same bits on every CPU and for every thread: additions run in an order
 //! fixed by [`CHUNK`] and [`LANES`], not by the width of the machine's vectors, and no
 //! multiplication is fused with an addition. The bodies are plain loops for the compiler to
-//! vectorise; [`vectorised!`] compiles them twice, for the baseline and for AVX2.
+//! vectorise; `vectorised!` compiles them for each kind of vector there is.
 
 /// Numbers added up in float32 before the sum goes over to float64.
 pub(super) const CHUNK: usize = 1024;
@@ -13,7 +13,31 @@ pub(super) const CHUNK: usize = 1024;
 /// the latency of an addition.
 const LANES: usize = 32;
 
-/// Defines a function once for the baseline and once with AVX2, chosen at run time.
+/// Vector instructions that the bodies below are compiled for.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Width {
+    Baseline,
+    Avx2,
+    Avx512,
+}
+
+/// The widest that the CPU has.
+#[cfg(target_arch = "x86_64")]
+fn widest() -> Width {
+    let width = if is_x86_feature_detected!("avx512f") {
+        Width::Avx512
+    } else if is_x86_feature_detected!("avx2") {
+        Width::Avx2
+    } else {
+        Width::Baseline
+    };
+    #[cfg(test)]
+    let width = width.min(tests::WIDEST.get());
+    width
+}
+
+/// Defines a function once and compiles it for each of [`Width`], chosen at run time.
 macro_rules! vectorised {
     ($(#[$attribute:meta])* $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$attribute])*
@@ -27,9 +51,16 @@ macro_rules! vectorised {
                 fn avx2($($argument: $type),*) $(-> $result)? {
                     body($($argument),*)
                 }
-                if is_x86_feature_detected!("avx2") {
-                    // SAFETY: the CPU has AVX2, as the line above has found.
-                    return unsafe { avx2($($argument),*) };
+                #[target_feature(enable = "avx512f")]
+                fn avx512($($argument: $type),*) $(-> $result)? {
+                    body($($argument),*)
+                }
+                match widest() {
+                    // SAFETY: `widest` has found that the CPU has AVX-512F.
+                    Width::Avx512 => return unsafe { avx512($($argument),*) },
+                    // SAFETY: `widest` has found that the CPU has AVX2.
+                    Width::Avx2 => return unsafe { avx2($($argument),*) },
+                    Width::Baseline => {}
                 }
             }
             body($($argument),*)
@@ -150,12 +181,40 @@ vectorised! {
     }
 }
 
+/// Weights that share an entry of `block_maxima`.
+pub(super) const BLOCK: usize = 64;
+
 vectorised! {
-    /// Writes exp((logit - max) · inverse_temperature), from 0 to exactly 1, into `weights`, which
-    /// is as long as `logits`.
-    pub(super) fn weigh(logits: &[f32], max: f32, inverse_temperature: f32, weights: &mut [f32]) {
-        for (weight, &logit) in weights.iter_mut().zip(logits) {
-            *weight = exp((logit - max) * inverse_temperature);
+    /// Writes exp((logit - max) · inverse_temperature), from 0 to exactly 1, into `weights`, and the
+    /// largest weight of each [`BLOCK`] into `block_maxima`. `weights` is as long as `logits`,
+    /// `block_maxima` as the number of blocks.
+    pub(super) fn weigh(
+        logits: &[f32],
+        max: f32,
+        inverse_temperature: f32,
+        weights: &mut [f32],
+        block_maxima: &mut [f32],
+    ) {
+        let blocks = logits.chunks(BLOCK).zip(weights.chunks_mut(BLOCK)).zip(block_maxima);
+        for ((logits, weights), maximum) in blocks {
+            for (weight, &logit) in weights.iter_mut().zip(logits) {
+                *weight = exp((logit - max) * inverse_temperature);
+            }
+            let mut maxima = [0.0; LANES];
+            for half in weights.chunks(LANES) {
+                for (maximum, &weight) in maxima.iter_mut().zip(half) {
+                    *maximum = if weight > *maximum { weight } else { *maximum };
+                }
+            }
+            let mut half = LANES / 2;
+            while half > 0 {
+                for lane in 0..half {
+                    let (a, b) = (maxima[lane], maxima[lane + half]);
+                    maxima[lane] = if a > b { a } else { b };
+                }
+                half /= 2;
+            }
+            *maximum = maxima[0];
         }
     }
 }
@@ -198,6 +257,13 @@ vectorised! {
 }
 
 vectorised! {
+    /// Number of the weights of at least `cut`.
+    pub(super) fn count(weights: &[f32], cut: f32) -> usize {
+        weights.iter().map(|&weight| u32::from(weight >= cut)).sum::<u32>() as usize
+    }
+}
+
+vectorised! {
     /// Whether any number exceeds `bound`.
     pub(super) fn any_above(values: &[f32], bound: f32) -> bool {
         values.iter().fold(false, |found, &value| found | (value > bound))
@@ -208,6 +274,54 @@ vectorised! {
 mod tests {
     use super::*;
     use crate::backend::random::uniform;
+
+    #[cfg(target_arch = "x86_64")]
+    thread_local! {
+        /// Lets a test run narrower vectors than the CPU has.
+        pub(super) static WIDEST: std::cell::Cell<Width> = const { std::cell::Cell::new(Width::Avx512) };
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn every_width_of_vectors_gives_the_same_bits() {
+        for len in [1, 100, 1024, 5003] {
+            let logits: Vec<f32> = (0..len).map(|i| uniform(5, 0, i) * 30.0).collect();
+            let results = [Width::Baseline, Width::Avx2, Width::Avx512].map(|widest| {
+                WIDEST.set(widest);
+                let statistics = statistics(&logits);
+                let (max, sum) = max_and_sum(&logits);
+                let mut weights = vec![0.0; logits.len()];
+                let mut block_maxima = vec![0.0; logits.len().div_ceil(BLOCK)];
+                weigh(&logits, max, 1.4, &mut weights, &mut block_maxima);
+                let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                (
+                    bits(&[statistics.max, statistics.log_sum_exp, statistics.mean]),
+                    (sum.to_bits(), sum_exp(&logits, max).to_bits()),
+                    (bits(&weights), bits(&block_maxima)),
+                    (mass_and_count(&weights, 0.01), count(&weights, 0.01)),
+                    any_above(&weights, 0.999),
+                )
+            });
+            assert_eq!(results[0], results[1]);
+            assert_eq!(results[0], results[2]);
+        }
+    }
+
+    #[test]
+    fn weights_and_their_maxima() {
+        for len in [1, 33, 64, 65, 200] {
+            let logits: Vec<f32> = (0..len).map(|i| uniform(8, 0, i) * 5.0).collect();
+            let mut weights = vec![0.0; logits.len()];
+            let mut block_maxima = vec![0.0; logits.len().div_ceil(BLOCK)];
+            weigh(&logits, 5.0, 0.5, &mut weights, &mut block_maxima);
+            for (&weight, &logit) in weights.iter().zip(&logits) {
+                assert_eq!(weight, exp((logit - 5.0) * 0.5));
+            }
+            for (block, &maximum) in weights.chunks(BLOCK).zip(&block_maxima) {
+                assert_eq!(maximum, block.iter().copied().fold(0.0, f32::max));
+            }
+        }
+    }
 
     /// Distance in units of the last place of `expected` rounded to float32.
     fn ulps(actual: f32, expected: f64) -> f64 {
@@ -290,6 +404,7 @@ mod tests {
             let weights: Vec<f32> = (0..len).map(|i| uniform(7, 1, i)).collect();
             for cut in [0.0, 0.25, 1.0] {
                 let kept = weights.iter().filter(|&&weight| weight >= cut);
+                assert_eq!(count(&weights, cut), kept.clone().count());
                 assert_eq!(
                     mass_and_count(&weights, cut),
                     (kept.clone().map(|&weight| mass(weight)).sum(), kept.count())

@@ -51,11 +51,22 @@ pub struct RegisterTile<const R: usize, const P: usize, const XR: usize, const X
     pub first: bool,
 }
 
-impl<const R: usize, const P: usize, const XR: usize, const XK: usize> Kernel for RegisterTile<R, P, XR, XK> {
+impl<const R: usize, const P: usize, const XR: usize, const XK: usize> Kernel
+    for RegisterTile<R, P, XR, XK>
+{
     type Output = ();
+    // Indices name rows and panels of four arrays at once.
+    #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let RegisterTile { x, w, inputs, c, c_stride, first } = self;
+        let RegisterTile {
+            x,
+            w,
+            inputs,
+            c,
+            c_stride,
+            first,
+        } = self;
         unsafe {
             let mut acc = [[S::splat(0.0); P]; R];
             if !first {

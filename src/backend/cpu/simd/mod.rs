@@ -5,6 +5,9 @@
 //! the same on AVX-512 (one register), AVX2 (two) and everywhere else (an array that the compiler
 //! maps to whatever the target has; on aarch64 that is NEON, which is part of its baseline).
 
+// `Simd` says once what all of its methods ask for.
+#![allow(clippy::missing_safety_doc)]
+
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -32,6 +35,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Runs a kernel as a function of its own, compiled for this instruction set: for what is large
     /// and called from several places.
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output;
+
+    /// Asks for the cache line of an address that will be read soon; any address will do.
+    unsafe fn prefetch(p: *const u8);
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -109,7 +115,7 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
                 8.333_452e-3,
                 4.166_579_6e-2,
                 1.666_666_5e-1,
-                5.000_000_1e-1,
+                0.5,
             ] {
                 p = Self::fma(p, r, Self::splat(c));
             }

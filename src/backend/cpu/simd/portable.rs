@@ -23,6 +23,8 @@ unsafe impl Simd for Portable {
         unsafe { kernel.run::<Portable>() }
     }
     #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
         [x; LANES]
     }

@@ -33,6 +33,10 @@ unsafe impl Simd for Avx512 {
         unsafe { run_avx512(kernel) }
     }
     #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
         unsafe { _mm512_set1_ps(x) }
     }
@@ -193,6 +197,10 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
         unsafe { run_avx2(kernel) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
