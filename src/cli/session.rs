@@ -122,6 +122,8 @@ impl Session {
     pub fn prompt_tokens(&self, prompt: &Prompt) -> Result<Vec<u32>, CliError> {
         Ok(match prompt {
             Prompt::TokenIds(token_ids) => token_ids.clone(),
+            // Also where the tokenizer would put a token in front: nobody means that by nothing.
+            Prompt::Text(text) if text.is_empty() => return Err(EngineError::EmptyPrompt.into()),
             Prompt::Text(text) => self.tokenizer()?.encode(text, true)?,
             Prompt::Messages(messages) => {
                 self.tokenizer()?.encode(&self.render(messages)?, false)?

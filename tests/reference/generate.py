@@ -5,8 +5,6 @@
 
 Computes the log-probability of every token that Podium wrote, with the file's dequantised weights in
 float32, and compares the sums; where the strategy was greedy, each token must be the most probable.
-`--raw` if Podium was called so: then the prompt is not put through the chat template.
-
 Needs the packages of requirements.txt. Exit status 1 if anything differs.
 """
 
@@ -25,11 +23,11 @@ import gguf_files
 TOLERANCE = 1e-4
 
 
-def prompt_ids(tokenizer, prompt: str, raw: bool) -> list[int]:
-    if raw:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def prompt_ids(tokenizer, answer: dict) -> list[int]:
+    """Token ids of the prompt: a chat, if the answer has its messages, else the text as it is."""
+    if "messages" not in answer:
+        return tokenizer(answer["prompt"])["input_ids"]
+    text = tokenizer.apply_chat_template(answer["messages"], tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -62,18 +60,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a llama GGUF")
     parser.add_argument("answer", type=argparse.FileType(), nargs="?", default=sys.stdin, help="default: stdin")
-    parser.add_argument("--raw", action="store_true", help="the prompt was not put through the chat template")
     arguments = parser.parse_args()
 
     transformers.utils.logging.disable_progress_bar()
     answer = json.load(arguments.answer)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model.parent, gguf_file=arguments.model.name)
-    prompt = prompt_ids(tokenizer, answer["prompt"], arguments.raw)
+    prompt = prompt_ids(tokenizer, answer)
     if len(prompt) != answer["usage"]["prompt_tokens"]:
-        sys.exit(
-            f"the prompt has {len(prompt)} tokens here and {answer['usage']['prompt_tokens']} there "
-            "(is --raw missing, or too much?)"
-        )
+        sys.exit(f"the prompt has {len(prompt)} tokens here, {answer['usage']['prompt_tokens']} there")
     model = gguf_files.load(arguments.model)
     greedy = answer["strategy"] == "greedy"
     if not all([compare(model, prompt, candidate, greedy) for candidate in answer["candidates"]]):
