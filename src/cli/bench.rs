@@ -31,8 +31,9 @@ Examples:
   podium bench --model model.gguf --n 1,32 --threads 1
   podium bench --json | jq .decode
 
-GB/s counts the bytes that a step has to read: every weight once, the prompt's keys and values once for
-all candidates, each candidate's own. GFLOP/s counts the multiply-adds of matmuls and attention, twice.";
+GB/s counts the bytes that a step has to read: every weight once, the prompt's keys and values
+once for all candidates, each candidate's own. GFLOP/s counts the multiply-adds of matmuls and
+attention, twice.";
 
 /// Measure this machine's limits, and the engine's speed as fractions of them
 #[derive(Args, Clone, Debug)]

@@ -19,8 +19,8 @@ Examples:
   podium features candidates.jsonl -o features.safetensors --layer 24
   podium features - -o features.safetensors --layer 0.75 < candidates.jsonl
 
-The result has the float32 tensors `prompt` [groups, hidden size] and `candidates` [all candidates,
-hidden size]: the residual stream after the layer at the last token of each. Candidates of line g
+The result has the float32 tensors `prompt` [groups, hidden size] and `candidates`
+[all candidates, hidden size]: the residual stream after the layer at the last token of each. Candidates of line g
 (from 0) are rows offsets[g] to offsets[g + 1] - 1 of `candidates`; `offsets` is int64. The file's
 metadata say the layer, the model and the hidden size.";
 

@@ -30,11 +30,11 @@ Examples:
   cat question.txt | podium generate --system \"Answer in one word.\"
   podium generate --input items.jsonl --output candidates.jsonl --features features.safetensors
 
-An item of --input is a line such as {\"id\":\"1\",\"prompt\":\"2 + 2 =\"}: `prompt` is plain text (a chat with
---chat), `messages` a chat; `stop` is optional, and further fields are kept. Its line in --output has
-`candidates`, `candidate_token_ids`, `mean_logprob`, `length`, `cumulative_logprob`, `self_certainty`,
-`finish_reasons`, `seed` and `selected` (and `scores` with a ranker); `podium score` and `podium features`
-read such lines.";
+A line of --input is such as {\"id\":\"1\",\"prompt\":\"2 + 2 =\"}. `prompt` is plain text (a chat
+with --chat), `messages` is a chat; `stop` is optional, and further fields are kept. The same line
+in --output has `candidates`, `candidate_token_ids`, `mean_logprob`, `length`,
+`cumulative_logprob`, `self_certainty`, `finish_reasons`, `seed` and `selected` besides, and
+`scores` with a ranker; `podium score` and `podium features` read such lines.";
 
 /// Write N answers to a prompt as one batch, and print the best
 #[derive(Args, Clone, Debug)]
@@ -224,6 +224,12 @@ fn answer(global: &GlobalOptions, options: &GenerateOptions) -> Result<(), CliEr
         interrupt::flow()
     })?;
     drop(live);
+    let interrupted = interrupt::interrupted();
+    if interrupted && generated.candidates.iter().all(|c| c.token_ids.is_empty()) {
+        return Err(CliError::Failed(
+            "interrupted before the first token".to_string(),
+        ));
+    }
 
     let asked = Asked {
         model: &session.engine.model().name,
@@ -240,7 +246,7 @@ fn answer(global: &GlobalOptions, options: &GenerateOptions) -> Result<(), CliEr
         print_texts(&generated, options.all)?;
         print_work(&asked, &generated);
     }
-    match interrupt::interrupted() {
+    match interrupted {
         true => Err(CliError::Failed(
             "interrupted: these are the texts so far".to_string(),
         )),

@@ -24,12 +24,12 @@ Examples:
 
 A line of the file is such as
   {\"id\":\"1\",\"prompt\":\"2 + 2 =\",\"candidates\":[\" 4\",\" 5\"]}
-with `messages` (a chat) or `prompt_token_ids` in place of `prompt`, and `candidate_token_ids` in place
-of `candidates`. `mean_logprob` and `length`, one number a candidate, are handed to rankers that read
-them; otherwise they are computed.
+with `messages` (a chat) or `prompt_token_ids` in place of `prompt`, and `candidate_token_ids` in
+place of `candidates`. `mean_logprob` and `length`, one number a candidate, are handed to rankers
+that read them; otherwise they are computed.
 
-A line of the result has `id`, `selected` and `scores` (with a ranker), `token_ids`, and with --logprobs
-`token_logprobs`: natural logarithms, one for each token.";
+A line of the result has `id`, `selected` and `scores` (with a ranker), `token_ids`, and with
+--logprobs `token_logprobs`: natural logarithms, one for each token.";
 
 /// Score given candidates with a ranker, or by their log-probabilities
 #[derive(Args, Clone, Debug)]
