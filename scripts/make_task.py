@@ -6,7 +6,7 @@ keys are the same question), `prompt` (four solved examples, then the question, 
 continued), `reference` (the right answer), `stop` and `task`. No key occurs twice, in one file or
 across them, and the solved examples are in neither.
 
-    scripts/make_task.py gcd --train 1000 --test 300 -o data/gcd
+    scripts/make_task.py gcd --train 600 --test 200 -o data/gcd
 
 Then let podium write candidates for each item, and label them with scripts/label_candidates.py.
 """
@@ -56,8 +56,8 @@ def question_text(entry):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(TASKS))
-    parser.add_argument("--train", type=int, default=1000, help="items")
-    parser.add_argument("--test", type=int, default=300, help="items")
+    parser.add_argument("--train", type=int, default=600, help="items")
+    parser.add_argument("--test", type=int, default=200, help="items")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", required=True, help="folder")
     options = parser.parse_args()

@@ -174,7 +174,10 @@ def train(config, groups, validation, options):
         tensor.requires_grad_()
     if options.loss == "listwise":
         groups = [group for group in groups if 0 < group.labels.sum() < len(group.labels)]
-    optimizer = torch.optim.AdamW(learned, lr=options.lr, weight_decay=options.weight_decay)
+    decayed = [tensor for name, tensor in weights.items() if tensor.dim() == 2 or name == "linear.weight"]
+    others = [tensor for tensor in learned if all(tensor is not other for other in decayed)]
+    parts = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(parts, lr=options.lr)
     steps = options.epochs * math.ceil(len(groups) / options.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps, pct_start=0.1)
     best, best_weights, best_epoch = -1.0, None, 0
@@ -191,7 +194,7 @@ def train(config, groups, validation, options):
             found = scores(config, weights, prompt, x)
             if options.loss == "listwise":
                 total = labels.sum(1, keepdim=True)
-                useful = ((total > 0) & (total < labels.sum(1, keepdim=True).new_tensor(n)))[:, 0]
+                useful = ((total > 0) & (total < n))[:, 0]
                 if not useful.any():
                     continue
                 loss = -(labels / total.clamp(min=1e-6) * found.log_softmax(1)).sum(1)[useful].mean()
@@ -262,7 +265,8 @@ def majority(answers, labels, ns, random, samples=100):
             # Equal counts stay in the order of their first occurrence.
             winner = max(counts, key=counts.get, default=None)
             total[i] += labels[next(c for c in order[:n] if winner is None or answers[c] == winner)]
-    return (total / samples).tolist()
+    # The majority of one is that one; no need to sample.
+    return [float(np.mean(labels)) if n == 1 else t / samples for n, t in zip(ns, total.tolist())]
 
 
 def answer_prior(groups):
@@ -331,14 +335,14 @@ def arguments():
     add("--projection-width", type=int, default=64)
     add("--heads", type=int, default=4)
     add("--feed-forward-width", type=int, default=128)
-    add("--epochs", type=int, help="default: 60 for the listwise kind, else 30")
-    add("--patience", type=int, default=15, help="epochs without a better validation accuracy")
+    add("--epochs", type=int, default=60)
+    add("--patience", type=int, default=20, help="epochs without a better validation accuracy")
     add("--batch", type=int, default=16, help="groups a step")
     add("--min-candidates", type=int, default=8)
     add("--max-candidates", type=int, default=32)
     add("--lr", type=float, default=1e-3)
-    add("--weight-decay", type=float, default=0.01)
-    add("--dropout", type=float, default=0.1, help="of normalised candidate features")
+    add("--weight-decay", type=float, default=1.0, help="of matrices")
+    add("--dropout", type=float, default=0.5, help="of normalised candidate features")
     add("--validation", type=float, default=0.15, help="part of the training items")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="steps are small: more gain little")
@@ -352,7 +356,6 @@ def arguments():
 def main():
     options = arguments()
     options.loss = options.loss or ("listwise" if options.kind == "listwise" else "binary")
-    options.epochs = options.epochs or (60 if options.kind == "listwise" else 30)
     torch.set_num_threads(options.threads)
     training, metadata = read(options.train, options.extra_inputs)
     test, _ = read(options.test, options.extra_inputs)
