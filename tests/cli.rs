@@ -215,6 +215,29 @@ fn raw_prompts_have_no_template_around_them() {
 }
 
 #[test]
+fn sampling_is_as_the_command_says_else_as_the_model_recommends() {
+    let model = ChatModel::new(1);
+    let temperature = |arguments: &[&str]| {
+        let base = ["generate", "Hello", "--n", "1", "--max-tokens", "1", "-v"];
+        let mut command = podium(&model, &[&base[..], arguments].concat());
+        let output = command.assert().success().get_output().clone();
+        let log = String::from_utf8(output.stderr).unwrap();
+        let (_, rest) = log.split_once("temperature: ").unwrap();
+        rest.split_once(',').unwrap().0.to_string()
+    };
+    assert_eq!(temperature(&[]), "0.9");
+    assert_eq!(temperature(&["--temperature", "0.25"]), "0.25");
+    let recommended = model.path().join("generation_config.json");
+    for nonsense in [
+        "{\"eos_token_id\": [1, 2]}",
+        "{\"eos_token_id\": [1, 2], \"temperature\": 0.0}",
+    ] {
+        std::fs::write(&recommended, nonsense).unwrap();
+        assert_eq!(temperature(&[]), "0.7");
+    }
+}
+
+#[test]
 fn stop_strings_cut_the_answer() {
     let model = ChatModel::new(1);
     let generate = |stop: &[&str]| {
@@ -604,6 +627,70 @@ fn a_reader_that_goes_away_ends_the_command_quietly() {
 
 #[cfg(unix)]
 #[test]
+fn ctrl_c_keeps_the_items_that_are_done() {
+    use std::io::{BufRead, BufReader};
+    let model = ChatModel::with_context(3, 1 << 20);
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    // The first ends with its first character, the second goes on as in the test below.
+    let characters: Vec<String> = (' '..='~').map(String::from).collect();
+    let chat = json!([{"role": "user", "content": "Hello"}]);
+    let items = [
+        json!({"prompt": "Hi", "stop": characters}),
+        json!({"messages": chat}),
+    ];
+    std::fs::write(path("items"), format!("{}\n{}\n", items[0], items[1])).unwrap();
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin!("podium"))
+        .args([
+            "generate",
+            "--input",
+            &path("items"),
+            "--features",
+            &path("features"),
+        ])
+        .args([
+            "--max-tokens",
+            "500000",
+            "--n",
+            "2",
+            "--temperature",
+            "0",
+            "--model",
+        ])
+        .arg(model.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut written = BufReader::new(child.stdout.take().unwrap()).lines();
+    let first: Value = serde_json::from_str(&written.next().unwrap().unwrap()).unwrap();
+    assert_eq!(first["candidates"].as_array().unwrap().len(), 2);
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        message,
+        "podium: interrupted: wrote the first 1 of 2 items\n"
+    );
+    assert!(written.next().is_none());
+    assert_eq!(
+        feature_rows(Path::new(&path("features")), "candidates").len(),
+        2
+    );
+}
+
+#[cfg(unix)]
+fn interrupt(child: &std::process::Child) {
+    let process = child.id().to_string();
+    let signal = std::process::Command::new("kill")
+        .args(["-INT", &process])
+        .status();
+    assert!(signal.unwrap().success());
+}
+
+#[cfg(unix)]
+#[test]
 fn ctrl_c_ends_with_the_texts_so_far() {
     use std::io::{BufRead, BufReader};
     // More tokens than anybody waits for.
@@ -632,10 +719,7 @@ fn ctrl_c_ends_with_the_texts_so_far() {
     // Said right before Ctrl-C is caught.
     while !messages.next().unwrap().unwrap().contains("prompt tokens") {}
     std::thread::sleep(Duration::from_millis(500));
-    let signal = std::process::Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status();
-    assert!(signal.unwrap().success());
+    interrupt(&child);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let last = messages.last().unwrap().unwrap();

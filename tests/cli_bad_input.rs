@@ -157,22 +157,36 @@ fn numbers_that_make_no_sense() {
     }
 }
 
-/// What the parser of the command line refuses by itself.
 #[test]
 fn values_that_are_none() {
+    let layer = |layer| ["features", "x.jsonl", "-o", "y", "--layer", layer];
     for (arguments, expected) in [
         (&["generate", "Hi", "--n", "-3"][..], "'-3'"),
         (
             &["generate", "Hi", "--n", "99999999999999999999999"],
-            "99999999999999999999999",
+            "'99999999999999999999999'",
         ),
         (&["generate", "Hi", "--temperature", "warm"], "'warm'"),
-        (&["generate", "Hi", "--select", "best"], "'best'"),
         (
             &["generate", "Hi", "--device", "gpu"],
             "give auto, cpu, cuda, cuda:INDEX or emulate",
         ),
         (&["generate", "Hi", "--dtype", "bf16"], "as they are stored"),
+        (&layer("0"), "give a layer's number"),
+        (&layer("1.5"), "give a layer's number"),
+    ] {
+        refuses(podium(arguments), 2, expected);
+    }
+}
+
+/// What needs more than a line: usage, or the values that there are.
+#[test]
+fn commands_that_are_none() {
+    for (arguments, expected) in [
+        (
+            &["generate", "Hi", "--select", "best"][..],
+            "self-certainty",
+        ),
         (
             &["generate", "Hi", "--raw", "--chat"],
             "cannot be used with",
@@ -182,14 +196,6 @@ fn values_that_are_none() {
             "cannot be used with",
         ),
         (&["generate", "--features", "x.safetensors"], "--input"),
-        (
-            &["features", "x.jsonl", "-o", "y", "--layer", "0"],
-            "give a layer's number",
-        ),
-        (
-            &["features", "x.jsonl", "-o", "y", "--layer", "1.5"],
-            "give a layer's number",
-        ),
         (&["features", "x.jsonl"], "--output"),
         (&["score", "x.jsonl"], "--ranker"),
         (&["paint"], "'paint'"),

@@ -20,6 +20,7 @@ mod session;
 
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use options::GlobalOptions;
@@ -45,7 +46,10 @@ enum Command {
 
 /// Runs the command line and returns its exit status.
 pub fn main() -> ExitCode {
-    let Cli { global, command } = Cli::parse();
+    let Cli { global, command } = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
     let result = match &command {
         Command::Generate(options) => generate::run(&global, options),
         Command::Score(options) => score::run(&global, options),
@@ -61,4 +65,18 @@ pub fn main() -> ExitCode {
             ExitCode::from(error.exit_status())
         }
     }
+}
+
+/// Help, the version, or what is wrong with the command line: one line where a value is no good,
+/// with usage where the command as a whole is not.
+fn refuse(error: &clap::Error) -> ExitCode {
+    if error.kind() == ErrorKind::ValueValidation {
+        let text = error.to_string();
+        let line = text.lines().next().unwrap_or_default();
+        eprintln!("podium: {}", line.trim_start_matches("error: "));
+    } else if error.print().is_err() {
+        // Whoever asked has gone.
+        return ExitCode::SUCCESS;
+    }
+    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
 }
