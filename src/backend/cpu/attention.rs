@@ -139,8 +139,8 @@ struct State<'a> {
     values: &'a mut [f32],
     maximum: &'a mut [f32],
     sum: &'a mut [f32],
-    /// A tile of queries, `[head_dim][rows of the tile]`, scaled.
-    tile: &'a mut [f32],
+    /// Queries, scaled: tile after tile, in each `[head_dim][rows of the tile]`.
+    tiles: &'a mut [f32],
     /// `[rows of the tile][BLOCK]`.
     scores: &'a mut [f32],
 }
@@ -166,7 +166,7 @@ impl Kernel for Task<'_> {
             queries * padded,
             queries,
             queries,
-            shape.head_dim * S::TILE_ROWS,
+            queries * shape.head_dim,
             S::TILE_ROWS * BLOCK,
         ];
         let needed: usize = sizes.iter().map(|size| size.next_multiple_of(LANES)).sum();
@@ -174,7 +174,7 @@ impl Kernel for Task<'_> {
             *scratch = Aligned::zeroed(needed * 4);
         }
         let mut rest = &mut scratch.as_f32_mut()[..needed];
-        let [values, maximum, sum, tile, scores] = sizes.map(|size| {
+        let [values, maximum, sum, tiles, scores] = sizes.map(|size| {
             let (part, after) =
                 std::mem::take(&mut rest).split_at_mut(size.next_multiple_of(LANES));
             rest = after;
@@ -187,7 +187,7 @@ impl Kernel for Task<'_> {
             values,
             maximum,
             sum,
-            tile,
+            tiles,
             scores,
         };
 
@@ -213,6 +213,10 @@ impl Kernel for Task<'_> {
         };
         unsafe {
             // The shared prefix: every query sees all of it, but for the window.
+            for first in (0..queries).step_by(S::TILE_ROWS) {
+                let rows = S::TILE_ROWS.min(queries - first);
+                interleave(shape, first, rows, query, state.tiles);
+            }
             for block in (0..group.prefix_len).step_by(BLOCK) {
                 let end = group.prefix_len.min(block + BLOCK);
                 for first in (0..queries).step_by(S::TILE_ROWS) {
@@ -227,7 +231,6 @@ impl Kernel for Task<'_> {
                         shape,
                         first,
                         rows,
-                        query,
                         span,
                         keys,
                         &group.prefix,
@@ -250,10 +253,11 @@ impl Kernel for Task<'_> {
                         let low = shape.window.map_or(0, |window| own.saturating_sub(window));
                         (low.saturating_sub(group.prefix_len), own - group.prefix_len)
                     };
+                    interleave(shape, first, rows, query, state.tiles);
                     for block in (0..seen).step_by(BLOCK) {
                         let end = seen.min(block + BLOCK);
                         attend::<S>(
-                            shape, first, rows, query, span, keys, pages, block, end, &mut state,
+                            shape, first, rows, span, keys, pages, block, end, &mut state,
                         );
                     }
                 }
@@ -282,15 +286,32 @@ struct Keys<'a> {
     kv_head: usize,
 }
 
-/// Takes the keys `block..end` of `pages` into the softmax of the queries `first .. first + rows`,
-/// of which query i sees the keys `span(i)`.
-#[allow(clippy::too_many_arguments)]
+/// Lays the tile of queries `first .. first + rows` out as the register tile reads it, scaled: once,
+/// for all blocks of keys that it will meet.
 #[inline(always)]
-unsafe fn attend<'q, S: Simd>(
+fn interleave<'q>(
     shape: Shape,
     first: usize,
     rows: usize,
     query: impl Fn(usize) -> &'q [f32],
+    tiles: &mut [f32],
+) {
+    let tile = &mut tiles[first * shape.head_dim..][..rows * shape.head_dim];
+    for i in 0..rows {
+        for (places, q) in tile.chunks_exact_mut(rows).zip(query(first + i)) {
+            places[i] = q * shape.scale;
+        }
+    }
+}
+
+/// Takes the keys `block..end` of `pages` into the softmax of the queries `first .. first + rows`,
+/// which [`interleave`] has laid out, and of which query i sees the keys `span(i)`.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+unsafe fn attend<S: Simd>(
+    shape: Shape,
+    first: usize,
+    rows: usize,
     span: impl Fn(usize) -> (usize, usize),
     keys: Keys,
     pages: &[PageId],
@@ -304,11 +325,7 @@ unsafe fn attend<'q, S: Simd>(
     let padded = shape.head_dim.next_multiple_of(LANES);
     let pages = &pages[block / PAGE_LEN..end.div_ceil(PAGE_LEN)];
     unsafe {
-        for i in 0..rows {
-            for (d, q) in query(first + i).iter().enumerate() {
-                *state.tile.get_unchecked_mut(d * rows + i) = q * shape.scale;
-            }
-        }
+        let tile = state.tiles[first * shape.head_dim..][..rows * shape.head_dim].as_ptr();
         let scores = state.scores.as_mut_ptr();
         let k_pages = |page: usize| {
             keys.kv
@@ -317,15 +334,7 @@ unsafe fn attend<'q, S: Simd>(
         for page in (0..pages.len()).step_by(2) {
             let two = [k_pages(page), k_pages(page + 1)];
             let place = scores.add(page * PAGE_LEN);
-            interleaved_tile::<S>(
-                rows,
-                state.tile.as_ptr(),
-                two,
-                shape.head_dim,
-                place,
-                BLOCK,
-                true,
-            );
+            interleaved_tile::<S>(rows, tile, two, shape.head_dim, place, BLOCK, true);
         }
         for i in 0..rows {
             let (low, high) = span(i);

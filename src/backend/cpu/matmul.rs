@@ -98,14 +98,14 @@ impl Inputs {
                 "a norm has a weight for each input"
             );
         }
-        let data = SharedData(self.data.as_f32_mut().as_mut_ptr());
+        let data = self.data.shared(padded);
         let tiles = &self.tiles;
         // A few tiles a task: a tile of narrow rows is too little to hand over.
         let chunk = count.div_ceil(4 * team.threads()).max(1);
         team.run(count.div_ceil(chunk), |task| {
             for tile in &tiles[task * chunk..count.min((task + 1) * chunk)] {
                 // SAFETY: tiles are disjoint, and lie within `rows × padded` numbers.
-                let out = unsafe { data.at(tile.first_row * padded) };
+                let out = unsafe { data.row(tile.first_row) };
                 for i in 0..tile.rows {
                     let row = tile.first_row + i;
                     let source = x.row(rows.map_or(row, |rows| rows[row] as usize)).as_ptr();
@@ -130,17 +130,6 @@ impl Inputs {
     /// The interleaved numbers of a tile.
     fn tile(&self, tile: Tile) -> *const f32 {
         self.data.as_f32()[tile.first_row * self.padded()..].as_ptr()
-    }
-}
-
-#[derive(Clone, Copy)]
-struct SharedData(*mut f32);
-// SAFETY: threads write disjoint tiles, see `Inputs::fill`.
-unsafe impl Send for SharedData {}
-unsafe impl Sync for SharedData {}
-impl SharedData {
-    unsafe fn at(self, index: usize) -> *mut f32 {
-        unsafe { self.0.add(index) }
     }
 }
 
@@ -511,20 +500,6 @@ mod tests {
     use crate::model::tensor::Tensor;
     use std::borrow::Cow;
 
-    const DTYPES: [Dtype; 11] = [
-        Dtype::F32,
-        Dtype::F16,
-        Dtype::BF16,
-        Dtype::Q8_0,
-        Dtype::Q4_0,
-        Dtype::Q4_1,
-        Dtype::Q5_0,
-        Dtype::Q5_1,
-        Dtype::Q4K,
-        Dtype::Q5K,
-        Dtype::Q6K,
-    ];
-
     /// Numbers in -1..1 from a seed.
     fn random(seed: u64, len: usize) -> Vec<f32> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -610,7 +585,7 @@ mod tests {
     #[test]
     fn every_format_and_shape_agrees_with_float64_and_rows_do_not_see_each_other() {
         for isa in Isa::available() {
-            for dtype in DTYPES {
+            for dtype in Dtype::ALL {
                 let block = dtype.block_len();
                 for (out_features, blocks) in [(16, 1), (50, 3), (33, 2)] {
                     let in_features = if block == 1 {

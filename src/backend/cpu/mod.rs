@@ -31,13 +31,10 @@ use team::Team;
 pub struct Cpu {
     team: Team,
     isa: Isa,
-    scratch: Mutex<Scratch>,
-}
-
-/// Memory that operations use while they run.
-struct Scratch {
-    inputs: Inputs,
-    product: Rows,
+    /// Memory that operations use while they run: the left side of a product, and its result where
+    /// that is not yet the operation's.
+    inputs: Mutex<Inputs>,
+    unfinished: Mutex<Rows>,
 }
 
 /// A batch with its positions worked out.
@@ -57,11 +54,12 @@ impl Cpu {
             threads,
             reason: error.to_string(),
         })?;
-        let scratch = Mutex::new(Scratch {
-            inputs: Inputs::default(),
-            product: Rows::new(0, LANES),
-        });
-        Ok(Cpu { team, isa, scratch })
+        Ok(Cpu {
+            team,
+            isa,
+            inputs: Mutex::new(Inputs::default()),
+            unfinished: Mutex::new(Rows::new(0, LANES)),
+        })
     }
 
     pub fn threads(&self) -> usize {
@@ -92,12 +90,27 @@ impl Cpu {
         results.flatten().collect()
     }
 
-    fn scratch(&self) -> MutexGuard<'_, Scratch> {
-        // What a panicking operation left behind is overwritten by the next.
-        self.scratch
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// `out = epilogue(inputs · weightᵀ + bias)`; inputs are rows, which of them (all, where `None`),
+    /// and a norm.
+    fn product(
+        &self,
+        (x, rows, norm): (&Rows, Option<&[u32]>, Option<&Norm<Vector>>),
+        weight: &Matrix,
+        bias: Option<&Vector>,
+        epilogue: Epilogue,
+        out: &mut Rows,
+    ) {
+        let inputs = &mut *lock(&self.inputs);
+        inputs.fill(&self.team, self.isa, x, rows, norm);
+        matmul(&self.team, self.isa, inputs, weight, bias, epilogue, out);
     }
+}
+
+/// What a panicking operation left behind is overwritten by the next.
+fn lock<T>(memory: &Mutex<T>) -> MutexGuard<'_, T> {
+    memory
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Backend for Cpu {
@@ -223,17 +236,7 @@ impl Backend for Cpu {
         bias: Option<&Vector>,
         out: &mut Rows,
     ) {
-        let inputs = &mut self.scratch().inputs;
-        inputs.fill(&self.team, self.isa, x, None, Some(&norm));
-        matmul(
-            &self.team,
-            self.isa,
-            inputs,
-            weight,
-            bias,
-            Epilogue::Store,
-            out,
-        );
+        self.product((x, None, Some(&norm)), weight, bias, Epilogue::Store, out);
     }
 
     fn rope_append(
@@ -307,32 +310,16 @@ impl Backend for Cpu {
         norm: Option<Norm<Vector>>,
         residual: &mut Rows,
     ) {
-        let Scratch { inputs, product } = &mut *self.scratch();
-        inputs.fill(&self.team, self.isa, x, None, None);
+        let inputs = (x, None, None);
         let Some(norm) = norm else {
-            return matmul(
-                &self.team,
-                self.isa,
-                inputs,
-                weight,
-                bias,
-                Epilogue::Add,
-                residual,
-            );
+            return self.product(inputs, weight, bias, Epilogue::Add, residual);
         };
+        let product = &mut *lock(&self.unfinished);
         if product.width() != residual.width() {
             *product = Rows::new(x.rows(), residual.width());
         }
         product.resize(x.rows());
-        matmul(
-            &self.team,
-            self.isa,
-            inputs,
-            weight,
-            bias,
-            Epilogue::Store,
-            product,
-        );
+        self.product(inputs, weight, bias, Epilogue::Store, product);
         for row in 0..x.rows() {
             self.isa.dispatch(NormAdd {
                 x: product.row(row),
@@ -351,12 +338,8 @@ impl Backend for Cpu {
         activation: Activation,
         out: &mut Rows,
     ) {
-        let inputs = &mut self.scratch().inputs;
-        inputs.fill(&self.team, self.isa, x, None, Some(&norm));
-        matmul(
-            &self.team,
-            self.isa,
-            inputs,
+        self.product(
+            (x, None, Some(&norm)),
             weight,
             bias,
             Epilogue::Gated(activation),
@@ -373,10 +356,9 @@ impl Backend for Cpu {
         softcap: Option<f32>,
         out: &mut Rows,
     ) {
-        let inputs = &mut self.scratch().inputs;
-        inputs.fill(&self.team, self.isa, x, Some(rows), Some(&norm));
         let epilogue = softcap.map_or(Epilogue::Store, Epilogue::Softcap);
-        matmul(&self.team, self.isa, inputs, weight, None, epilogue, out);
+        let inputs = (x, Some(rows), Some(&norm));
+        self.product(inputs, weight, None, epilogue, out);
     }
 
     fn sample(&self, logits: &Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>, BackendError> {

@@ -47,6 +47,14 @@ impl Aligned {
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.bytes / 4) }
     }
 
+    /// Rows `stride` numbers apart, for the threads of one operation, which write disjoint parts.
+    pub(super) fn shared(&mut self, stride: usize) -> SharedRows {
+        SharedRows {
+            data: self.as_f32_mut().as_mut_ptr(),
+            stride,
+        }
+    }
+
     pub fn as_f32_mut(&mut self) -> &mut [f32] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.bytes / 4) }
@@ -107,10 +115,7 @@ impl Rows {
 
     /// For the threads of one operation, which write disjoint parts.
     pub(super) fn shared(&mut self) -> SharedRows {
-        SharedRows {
-            data: self.data.as_f32_mut().as_mut_ptr(),
-            stride: self.stride,
-        }
+        self.data.shared(self.stride)
     }
 }
 
@@ -147,13 +152,13 @@ pub(super) struct SharedRows {
 }
 
 // SAFETY: the threads that get a copy write disjoint parts (each operation says which), and the
-// borrow that `Rows::shared` takes outlives the operation.
+// borrow that `shared` takes outlives the operation.
 unsafe impl Send for SharedRows {}
 unsafe impl Sync for SharedRows {}
 
 impl SharedRows {
     /// # Safety
-    /// `row` must be a row of the `Rows`, and nobody else may touch what is written through the
+    /// `row` must be a row of the memory, and nobody else may touch what is written through the
     /// pointer while the operation runs.
     #[inline(always)]
     pub unsafe fn row(self, row: usize) -> *mut f32 {
