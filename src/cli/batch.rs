@@ -24,11 +24,7 @@ pub fn run(
     let total = CandidateFile::check(input)?;
     let mut output = Output::open(options.output.as_deref())?;
     let mut session = Session::open(global)?;
-    let ranker = options
-        .ranker
-        .as_deref()
-        .map(|name| session.ranker(name))
-        .transpose()?;
+    let ranker = session.optional_ranker(options.ranker.as_deref())?;
     let layer = options.layer.index(session.engine.config().layers);
     let mut features = match &options.features {
         Some(path) => Some(FeatureWriter::create(path, session.feature_source(layer)?)?),

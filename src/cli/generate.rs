@@ -179,11 +179,7 @@ pub fn run(global: &GlobalOptions, options: &GenerateOptions) -> Result<(), CliE
 fn answer(global: &GlobalOptions, options: &GenerateOptions) -> Result<(), CliError> {
     let text = options.prompt_text()?;
     let mut session = Session::open(global)?;
-    let ranker = options
-        .ranker
-        .as_deref()
-        .map(|name| session.ranker(name))
-        .transpose()?;
+    let ranker = session.optional_ranker(options.ranker.as_deref())?;
     let messages = options
         .is_chat(&session)
         .then(|| chat(options.system.as_deref(), &text));

@@ -65,11 +65,7 @@ pub fn run(global: &GlobalOptions, options: &ScoreOptions) -> Result<(), CliErro
     let total = CandidateFile::check(&options.file)?;
     let mut output = Output::open(options.output.as_deref())?;
     let mut session = Session::open(global)?;
-    let ranker = options
-        .ranker
-        .as_deref()
-        .map(|name| session.ranker(name))
-        .transpose()?;
+    let ranker = session.optional_ranker(options.ranker.as_deref())?;
     if let (Some(ranker), Some(layer)) = (&ranker, options.layer) {
         ranker.check_layer(layer.index(session.engine.config().layers))?;
     }

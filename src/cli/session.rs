@@ -177,6 +177,11 @@ impl Session {
         })
     }
 
+    /// [`Session::ranker`], where one is named.
+    pub fn optional_ranker(&self, name: Option<&str>) -> Result<Option<Arc<Ranker>>, CliError> {
+        name.map(|name| self.ranker(name)).transpose()
+    }
+
     /// The ranker in a file, or the built-in one of that name; checked against the model.
     pub fn ranker(&self, name: &str) -> Result<Arc<Ranker>, CliError> {
         let (model, config) = (self.engine.model(), self.engine.config());

@@ -10,7 +10,7 @@ use super::sequence::Sequence;
 use super::stop::StopConditions;
 use super::{Engine, EngineError, Event, GenerateRequest, Generated, Observer, Timings};
 use crate::backend::Backend;
-use crate::backend::sampling::{SampleRow, Sampled, SamplingParams};
+use crate::backend::sampling::{Sampled, SamplingParams};
 use crate::model::forward::Depth;
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -75,22 +75,13 @@ impl<B: Backend> Engine<B> {
         observer: &mut Observer,
     ) -> Result<Timings, EngineError> {
         let mut timings = Timings::default();
-        let layers = run.features.layers.clone();
-        let depth = Depth {
-            layers: self.config().layers,
-            capture: &layers,
-        };
-        let prompt = &request.prompt_token_ids;
-        let started = Instant::now();
-        let prefilled = self.prefill(prompt, depth, &mut run.prefix, observer)?;
-        timings.prefill_s = started.elapsed().as_secs_f64();
+        let opened = self.open(request, run, observer, &mut timings)?;
         run.writing.push(self.blank(&run.conditions));
-        let ControlFlow::Continue(last_row) = prefilled else {
+        let ControlFlow::Continue(last_row) = opened else {
             let writing = run.writing.remove(0);
             ended.push(Ended { writing, mean: 0.0 });
             return Ok(timings);
         };
-        self.keep(&mut run.features, last_row as usize, 0);
         let prefix_pages = run.prefix.page_ids();
         let started = Instant::now();
         let mut tokens = 0;
@@ -108,7 +99,7 @@ impl<B: Backend> Engine<B> {
                 if ended.is_empty() {
                     let cut_off = run.writing.drain(..);
                     ended.extend(cut_off.map(|writing| Ended {
-                        mean: mean(&writing, 0),
+                        mean: mean(&writing),
                         writing,
                     }));
                 }
@@ -136,28 +127,12 @@ impl<B: Backend> Engine<B> {
         run: &Run<B>,
         logits_rows: &[u32],
     ) -> Result<Vec<Offer>, EngineError> {
-        let prompt = &request.prompt_token_ids;
-        let rows = run.writing.iter().enumerate().map(|(row, beam)| SampleRow {
-            row,
-            params: &run.sampling,
-            seed: request.seed,
-            candidate: row as u32,
-            position: (prompt.len() + beam.token_ids.len()) as u32,
-            prompt,
-            answer: &beam.token_ids,
-            logit_bias: &[],
-            top_logprobs: (2 * request.n).min(self.model.config.vocab_size),
-        });
-        let rows: Vec<SampleRow> = rows.collect();
-        let logits = self.model.logits(&mut self.state, logits_rows)?;
-        let sampled = self.model.backend.sample(logits, &rows)?;
+        let beams: Vec<usize> = (0..run.writing.len()).collect();
+        let most = (2 * request.n).min(self.model.config.vocab_size);
+        let sampled = self.draw(request, run, &beams, &beams, logits_rows, most)?;
         let mut offers = Vec::new();
         for (beam, sampled) in sampled.into_iter().enumerate() {
-            let before: f64 = run.writing[beam]
-                .sampled
-                .iter()
-                .map(|s| f64::from(s.logprob))
-                .sum();
+            let before = sum(&run.writing[beam]);
             for (token, logprob) in sampled.top_logprobs {
                 offers.push(Offer {
                     beam,
@@ -255,10 +230,14 @@ impl<B: Backend> Engine<B> {
     }
 }
 
-/// Mean log-probability of a beam with `more` tokens counted beside its own.
-fn mean(beam: &Writing, more: usize) -> f64 {
-    let sum: f64 = beam.sampled.iter().map(|s| f64::from(s.logprob)).sum();
-    sum / (beam.sampled.len() + more).max(1) as f64
+/// Summed log-probability of a beam.
+fn sum(beam: &Writing) -> f64 {
+    beam.sampled.iter().map(|s| f64::from(s.logprob)).sum()
+}
+
+/// Mean log-probability of a beam's tokens.
+fn mean(beam: &Writing) -> f64 {
+    sum(beam) / beam.sampled.len().max(1) as f64
 }
 
 /// Whether no beam can be expected to end better than what is set aside.
@@ -267,5 +246,5 @@ fn settled<B: Backend>(n: usize, run: &Run<B>, ended: &[Ended]) -> bool {
         .iter()
         .map(|ended| ended.mean)
         .fold(f64::INFINITY, f64::min);
-    ended.len() >= n && run.writing.iter().all(|beam| mean(beam, 0) <= worst)
+    ended.len() >= n && run.writing.iter().all(|beam| mean(beam) <= worst)
 }

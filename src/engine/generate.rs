@@ -179,19 +179,15 @@ impl<B: Backend> Engine<B> {
         observer: &mut Observer,
     ) -> Result<Timings, EngineError> {
         let mut timings = Timings::default();
+        let opened = self.open(request, run, observer, &mut timings)?;
+        let ControlFlow::Continue(last_row) = opened else {
+            return Ok(timings);
+        };
         let layers = run.features.layers.clone();
         let depth = Depth {
             layers: self.config().layers,
             capture: &layers,
         };
-        let started = Instant::now();
-        let prompt = &request.prompt_token_ids;
-        let prefilled = self.prefill(prompt, depth, &mut run.prefix, observer)?;
-        timings.prefill_s = started.elapsed().as_secs_f64();
-        let ControlFlow::Continue(last_row) = prefilled else {
-            return Ok(timings);
-        };
-        self.keep(&mut run.features, last_row as usize, 0);
 
         let started = Instant::now();
         let mut tokens = 0;
@@ -201,7 +197,8 @@ impl<B: Backend> Engine<B> {
         let mut logits_rows = vec![last_row];
         let mut row_of = vec![0; running.len()];
         while !running.is_empty() {
-            let sampled = self.draw(request, run, &running, &row_of, &logits_rows)?;
+            let top = request.top_logprobs;
+            let sampled = self.draw(request, run, &running, &row_of, &logits_rows, top)?;
             let mut interrupted = false;
             let mut still = Vec::with_capacity(running.len());
             for ((&candidate, &row), sampled) in running.iter().zip(&row_of).zip(sampled) {
@@ -243,14 +240,37 @@ impl<B: Backend> Engine<B> {
         Ok(timings)
     }
 
-    /// One token for each running candidate.
-    fn draw(
+    /// Prefills the prompt and keeps its feature; gives the row of its last token.
+    pub(super) fn open(
+        &mut self,
+        request: &GenerateRequest,
+        run: &mut Run<B>,
+        observer: &mut Observer,
+        timings: &mut Timings,
+    ) -> Result<ControlFlow<(), u32>, EngineError> {
+        let depth = Depth {
+            layers: self.config().layers,
+            capture: &run.features.layers,
+        };
+        let started = Instant::now();
+        let prompt = &request.prompt_token_ids;
+        let prefilled = self.prefill(prompt, depth, &mut run.prefix, observer)?;
+        timings.prefill_s = started.elapsed().as_secs_f64();
+        if let ControlFlow::Continue(last_row) = prefilled {
+            self.keep(&mut run.features, last_row as usize, 0);
+        }
+        Ok(prefilled)
+    }
+
+    /// One token for each running candidate, with the `top_logprobs` most probable ones.
+    pub(super) fn draw(
         &mut self,
         request: &GenerateRequest,
         run: &Run<B>,
         running: &[usize],
         row_of: &[usize],
         logits_rows: &[u32],
+        top_logprobs: usize,
     ) -> Result<Vec<Sampled>, EngineError> {
         let prompt = &request.prompt_token_ids;
         let rows = running.iter().zip(row_of).map(|(&candidate, &row)| {
@@ -264,7 +284,7 @@ impl<B: Backend> Engine<B> {
                 prompt,
                 answer,
                 logit_bias: &[],
-                top_logprobs: request.top_logprobs,
+                top_logprobs,
             }
         });
         let rows: Vec<SampleRow> = rows.collect();
