@@ -50,11 +50,11 @@ pub fn run(
                 .engine
                 .generate(&request, &mut |_| interrupt::flow())?)
         })();
-        let generated = generated
-            .map_err(|error: CliError| error.at(format!("{}:{}", file.name(), item.line)))?;
         if interrupt::interrupted() {
             break;
         }
+        let generated = generated
+            .map_err(|error: CliError| error.at(format!("{}:{}", file.name(), item.line)))?;
         output.line(&line(&item, fields, &generated, seed))?;
         if let Some(features) = &mut features {
             let candidates = generated

@@ -12,7 +12,6 @@ use super::{Engine, EngineError, Event, GenerateRequest, Generated, Observer, Ti
 use crate::backend::Backend;
 use crate::backend::sampling::{Sampled, SamplingParams};
 use crate::model::forward::Depth;
-use std::ops::ControlFlow;
 use std::time::Instant;
 
 /// A continuation of one of the beams.
@@ -75,13 +74,8 @@ impl<B: Backend> Engine<B> {
         observer: &mut Observer,
     ) -> Result<Timings, EngineError> {
         let mut timings = Timings::default();
-        let opened = self.open(request, run, observer, &mut timings)?;
+        let last_row = self.open(request, run, observer, &mut timings)?;
         run.writing.push(self.blank(&run.conditions));
-        let ControlFlow::Continue(last_row) = opened else {
-            let writing = run.writing.remove(0);
-            ended.push(Ended { writing, mean: 0.0 });
-            return Ok(timings);
-        };
         let prefix_pages = run.prefix.page_ids();
         let started = Instant::now();
         let mut tokens = 0;

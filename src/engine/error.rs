@@ -14,6 +14,8 @@ pub enum EngineError {
     EmptyPrompt,
     #[error("--n must be between 1 and {most}, not {n}")]
     Candidates { n: usize, most: usize },
+    #[error("interrupted before the first token")]
+    Interrupted,
     #[error("--max-tokens must be at least 1")]
     NoTokens,
     #[error(

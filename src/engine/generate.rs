@@ -47,7 +47,8 @@ impl<B: Backend> Engine<B> {
     /// Writes candidates for a prompt and chooses one of them. `observer` hears of every step.
     ///
     /// # Errors
-    /// What is wrong with the request, before anything is computed; or what the device failed with.
+    /// What is wrong with the request, before anything is computed; what the device failed with; or
+    /// [`EngineError::Interrupted`], where the observer broke off before the first token.
     pub fn generate(
         &mut self,
         request: &GenerateRequest,
@@ -179,10 +180,7 @@ impl<B: Backend> Engine<B> {
         observer: &mut Observer,
     ) -> Result<Timings, EngineError> {
         let mut timings = Timings::default();
-        let opened = self.open(request, run, observer, &mut timings)?;
-        let ControlFlow::Continue(last_row) = opened else {
-            return Ok(timings);
-        };
+        let last_row = self.open(request, run, observer, &mut timings)?;
         let layers = run.features.layers.clone();
         let depth = Depth {
             layers: self.config().layers,
@@ -247,19 +245,17 @@ impl<B: Backend> Engine<B> {
         run: &mut Run<B>,
         observer: &mut Observer,
         timings: &mut Timings,
-    ) -> Result<ControlFlow<(), u32>, EngineError> {
+    ) -> Result<u32, EngineError> {
         let depth = Depth {
             layers: self.config().layers,
             capture: &run.features.layers,
         };
         let started = Instant::now();
         let prompt = &request.prompt_token_ids;
-        let prefilled = self.prefill(prompt, depth, &mut run.prefix, observer)?;
+        let last_row = self.prefill(prompt, depth, &mut run.prefix, observer)?;
         timings.prefill_s = started.elapsed().as_secs_f64();
-        if let ControlFlow::Continue(last_row) = prefilled {
-            self.keep(&mut run.features, last_row as usize, 0);
-        }
-        Ok(prefilled)
+        self.keep(&mut run.features, last_row as usize, 0);
+        Ok(last_row)
     }
 
     /// One token for each running candidate, with the `top_logprobs` most probable ones.

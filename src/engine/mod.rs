@@ -27,7 +27,6 @@ use crate::model::text::Tokenizer;
 use crate::ranker::Ranker;
 use pages::PagePool;
 use sequence::Sequence;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Most candidates of a request: what a ranker is built for, and far beyond what pays.
@@ -113,14 +112,15 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Runs a prompt through the first `depth.layers` layers, in chunks. What the last chunk captured
-    /// stays in the state; its last row is the prompt's last token, whose index is returned.
+    /// stays in the state; its last row is the prompt's last token, whose index is returned. An
+    /// observer that breaks off gets [`EngineError::Interrupted`].
     fn prefill(
         &mut self,
         prompt: &[u32],
         depth: Depth,
         sequence: &mut Sequence,
         observer: &mut Observer,
-    ) -> Result<ControlFlow<(), u32>, EngineError> {
+    ) -> Result<u32, EngineError> {
         let mut last_row = 0;
         for chunk in prompt.chunks(PREFILL_CHUNK) {
             let segment = sequence.extend(&mut self.pages, chunk.len())?;
@@ -140,9 +140,9 @@ impl<B: Backend> Engine<B> {
             })
             .is_break()
             {
-                return Ok(ControlFlow::Break(()));
+                return Err(EngineError::Interrupted);
             }
         }
-        Ok(ControlFlow::Continue(last_row))
+        Ok(last_row)
     }
 }

@@ -130,7 +130,8 @@ pub enum Event<'a> {
     Step { tokens: usize, running: usize },
 }
 
-/// Told of every event; `Break` ends the request with the texts so far.
+/// Told of every event; `Break` ends the request with the texts so far, or, before the first
+/// token, with [`EngineError::Interrupted`](super::EngineError::Interrupted).
 pub type Observer<'a> = dyn FnMut(Event) -> ControlFlow<()> + 'a;
 
 /// Given candidates for a prompt.

@@ -73,9 +73,7 @@ impl<B: Backend> Engine<B> {
         };
         let prompt = &request.prompt_token_ids;
         let proceed = &mut |_: super::Event| ControlFlow::Continue(());
-        let ControlFlow::Continue(last_row) = self.prefill(prompt, depth, prefix, proceed)? else {
-            unreachable!("nobody breaks off")
-        };
+        let last_row = self.prefill(prompt, depth, prefix, proceed)?;
         let prompt_features = self.captured_row(&request.layers, last_row as usize)?;
         let mut scored = Scored {
             candidate_features: vec![prompt_features.clone(); candidates.len()],
