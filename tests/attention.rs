@@ -4,10 +4,10 @@
 use podium::backend::cpu::Cpu;
 use podium::backend::cpu::rows::{Rows, Vector};
 use podium::backend::cpu::simd::Isa;
-use podium::backend::random::uniform;
 use podium::backend::{Attention, Backend, Batch, Group, KvShape, Norm, PAGE_LEN, PageId, Segment};
 use podium::model::config::Rope;
 use proptest::prelude::*;
+use std::ops::Range;
 
 const EPSILON: f32 = 1e-5;
 /// The layer that is tested, of two: what lies before it in a page must be skipped.
@@ -57,23 +57,38 @@ impl Case {
 
     /// Weights of the query norm and of the key norm.
     fn norm_weights(&self) -> [Vec<f32>; 2] {
-        let weight = |stream| {
-            let number = move |i: usize| 0.5 + uniform(self.seed, stream, i as u32);
+        let weight = |step: usize| {
+            let number = |i| 0.5 + (i * step % 17) as f32 / 17.0;
             (0..self.head_dim).map(number).collect()
         };
-        [weight(u32::MAX), weight(u32::MAX - 1)]
+        [weight(5), weight(7)]
     }
 
-    /// Queries, keys and values of a token, before norm and rotation. `token` counts all of a case.
-    fn row(&self, token: usize) -> Vec<f32> {
-        let keys = self.heads() * self.head_dim;
-        (0..self.width())
-            .map(|i| {
-                let number = 2.0 * uniform(self.seed, token as u32, i as u32) - 1.0;
-                // Long queries, so that a few keys stand out and a wrong one shows.
-                if i < keys { 3.0 * number } else { number }
-            })
-            .collect()
+    /// Queries, keys and values of all tokens, before norm and rotation.
+    fn rows(&self) -> Vec<Vec<f32>> {
+        let queries = self.heads() * self.head_dim;
+        let mut state = self.seed | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        // Long queries, so that a few keys stand out and a wrong one shows.
+        let mut row = |_| {
+            let size = |i| if i < queries { 3.0 } else { 1.0 };
+            (0..self.width()).map(|i| size(i) * next()).collect()
+        };
+        (0..self.tokens()).map(&mut row).collect()
+    }
+
+    fn tokens(&self) -> usize {
+        let own = |group: &GroupCase| -> usize {
+            let segments = group.segments.iter();
+            segments.map(|(start, rows)| start + rows).sum()
+        };
+        let groups = self.groups.iter();
+        groups.map(|group| group.prefix_len + own(group)).sum()
     }
 
     /// All tokens, numbered: of each group the prefix, then each sequence's own.
@@ -81,7 +96,7 @@ impl Case {
         let mut next = 0;
         let mut take = |count: usize| {
             next += count;
-            (next - count..next).collect::<Vec<usize>>()
+            next - count..next
         };
         let groups = self.groups.iter();
         groups
@@ -100,10 +115,16 @@ impl Case {
 
 /// Token numbers of a sequence.
 struct Sequence {
-    prefix: Vec<usize>,
-    own: Vec<usize>,
+    prefix: Range<usize>,
+    own: Range<usize>,
     /// Own tokens before the batch.
     start: usize,
+}
+
+impl Sequence {
+    fn tokens(&self) -> impl Iterator<Item = usize> {
+        self.prefix.clone().chain(self.own.clone())
+    }
 }
 
 /// The layer and its cache on the CPU.
@@ -135,8 +156,9 @@ impl Layer<'_> {
         }
     }
 
-    /// What attention makes of the batch's rows, whose numbers `rows` gives.
-    fn run(&mut self, groups: Vec<Group>, rows: &[Vec<f32>]) -> Vec<Vec<f32>> {
+    /// What attention makes of the batch's rows, whose numbers `rows` gives; without `attend`, only
+    /// the cache gets them.
+    fn run(&mut self, groups: Vec<Group>, rows: &[Vec<f32>], attend: bool) -> Vec<Vec<f32>> {
         let batch = Batch {
             tokens: vec![0; rows.len()],
             groups,
@@ -159,13 +181,22 @@ impl Layer<'_> {
         for (index, row) in rows.iter().enumerate() {
             qkv.row_mut(index).copy_from_slice(row);
         }
+        let (cpu, kv) = (&self.cpu, &mut self.kv);
+        let plan = cpu.plan(&batch, &[&self.rope], kv).unwrap();
+        cpu.rope_append(&plan, &attention, &mut qkv, kv);
+        if !attend {
+            return Vec::new();
+        }
         let mut out = Rows::new(rows.len(), self.case.heads() * self.case.head_dim);
-        let plan = self.cpu.plan(&batch, &[&self.rope], &mut self.kv).unwrap();
-        self.cpu
-            .rope_append(&plan, &attention, &mut qkv, &mut self.kv);
-        self.cpu
-            .attention(&plan, &attention, &qkv, &self.kv, &mut out);
+        cpu.attention(&plan, &attention, &qkv, kv, &mut out);
         (0..rows.len()).map(|row| out.row(row).to_vec()).collect()
+    }
+
+    /// The batch with its outputs as bits.
+    fn bits(&mut self, groups: Vec<Group>, rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
+        let rows = self.run(groups, rows, true);
+        let bits = |row: Vec<f32>| row.into_iter().map(f32::to_bits).collect();
+        rows.into_iter().map(bits).collect()
     }
 }
 
@@ -216,22 +247,19 @@ fn single(pages: Vec<PageId>, rows: usize) -> Vec<Group> {
 }
 
 /// Fills the cache with all that comes before the case's batch, and gives the batch.
-fn prepare(layer: &mut Layer, case: &Case) -> Vec<Group> {
+fn prepare(layer: &mut Layer, case: &Case, tokens: &[Vec<f32>]) -> Vec<Group> {
     let mut pages = Pages::of(case);
     // Keys and values of earlier requests: large, so that one of them would show.
-    let tokens = pages.count as usize * PAGE_LEN;
-    let stale = vec![vec![1e4; case.width()]; tokens];
-    layer.run(single((0..pages.count).collect(), tokens), &stale);
+    let places = pages.count as usize * PAGE_LEN;
+    let stale = vec![vec![1e4; case.width()]; places];
+    layer.run(single((0..pages.count).collect(), places), &stale, false);
 
     let mut batch = Vec::new();
     for (group, sequences) in case.groups.iter().zip(case.sequences()) {
-        let rows = |tokens: &[usize]| -> Vec<Vec<f32>> {
-            tokens.iter().map(|&token| case.row(token)).collect()
-        };
         let prefix = pages.take(group.prefix_len);
         if group.prefix_len > 0 {
             let whole = single(prefix.clone(), group.prefix_len);
-            layer.run(whole, &rows(&sequences[0].prefix));
+            layer.run(whole, &tokens[sequences[0].prefix.clone()], false);
         }
         let mut segments = Vec::new();
         for (sequence, &(start, rows_added)) in sequences.iter().zip(&group.segments) {
@@ -246,7 +274,8 @@ fn prepare(layer: &mut Layer, case: &Case) -> Vec<Group> {
                 }],
             };
             if start > 0 {
-                layer.run(vec![before], &rows(&sequence.own[..start]));
+                let own = sequence.own.start;
+                layer.run(vec![before], &tokens[own..own + start], false);
             }
             segments.push(Segment {
                 pages: own,
@@ -264,13 +293,13 @@ fn prepare(layer: &mut Layer, case: &Case) -> Vec<Group> {
 }
 
 /// The batch's rows, in its order.
-fn batch_rows(case: &Case) -> Vec<Vec<f32>> {
+fn batch_rows(case: &Case, tokens: &[Vec<f32>]) -> Vec<Vec<f32>> {
     let sequences = case.sequences();
     let added = sequences
         .iter()
         .flatten()
-        .flat_map(|sequence| &sequence.own[sequence.start..]);
-    added.map(|&token| case.row(token)).collect()
+        .flat_map(|sequence| sequence.own.start + sequence.start..sequence.own.end);
+    added.map(|token| tokens[token].clone()).collect()
 }
 
 /// A number and how far float32 may be from it.
@@ -302,62 +331,65 @@ fn rotated(case: &Case, rope: &Rope, head: &[f32], norm: &[f32], position: usize
 }
 
 /// Attention of all rows of the batch, key by key in float64.
-fn reference(case: &Case) -> Vec<Vec<Exact>> {
+fn reference(case: &Case, tokens: &[Vec<f32>]) -> Vec<Vec<Exact>> {
     let (rope, [query_norm, key_norm]) = (case.rope(), case.norm_weights());
     let dim = case.head_dim;
+    let part = |token: usize, head: usize| &tokens[token][head * dim..][..dim];
+    let sequences = case.sequences();
+    // Keys of a token's kv heads; a prefix is the same for all sequences of its group.
+    let mut keys = vec![Vec::new(); tokens.len()];
+    for sequence in sequences.iter().flatten() {
+        for (position, token) in sequence.tokens().enumerate() {
+            if keys[token].is_empty() {
+                let heads = case.heads()..case.heads() + case.kv_heads;
+                keys[token] = heads
+                    .map(|head| rotated(case, &rope, part(token, head), &key_norm, position))
+                    .collect();
+            }
+        }
+    }
     let mut out = Vec::new();
-    for sequence in case.sequences().iter().flatten() {
-        let tokens: Vec<usize> = sequence
-            .prefix
-            .iter()
-            .chain(&sequence.own)
-            .copied()
-            .collect();
-        let rows: Vec<Vec<f32>> = tokens.iter().map(|&token| case.row(token)).collect();
-        let part = |row: usize, head: usize| &rows[row][head * dim..][..dim];
-        let keys: Vec<Vec<Vec<f64>>> = (0..case.kv_heads)
-            .map(|head| {
-                let key = |row| part(row, case.heads() + head);
-                (0..rows.len())
-                    .map(|row| rotated(case, &rope, key(row), &key_norm, row))
-                    .collect()
-            })
-            .collect();
-        for row in sequence.prefix.len() + sequence.start..rows.len() {
-            let first = case
-                .window
-                .map_or(0, |window| (row + 1).saturating_sub(window));
-            let mut values = Vec::new();
+    for sequence in sequences.iter().flatten() {
+        let all: Vec<usize> = sequence.tokens().collect();
+        for position in sequence.prefix.len() + sequence.start..all.len() {
+            let seen = match case.window {
+                Some(window) => &all[(position + 1).saturating_sub(window)..=position],
+                None => &all[..=position],
+            };
+            let mut values = Vec::with_capacity(case.heads() * dim);
             for head in 0..case.heads() {
                 let kv_head = head / case.per_kv_head;
-                let query = rotated(case, &rope, part(row, head), &query_norm, row);
+                let query = part(all[position], head);
+                let query = rotated(case, &rope, query, &query_norm, position);
                 let mut size: f64 = 0.0;
-                let scores = keys[kv_head][first..=row].iter().map(|key| {
-                    let products = query.iter().zip(key).map(|(q, k)| q * k);
+                let score = |&token: &usize| {
+                    let products = query.iter().zip(&keys[token][kv_head]).map(|(q, k)| q * k);
                     let (sum, squares): (f64, f64) =
                         products.fold((0.0, 0.0), |(sum, squares), p| (sum + p, squares + p * p));
                     let scale = f64::from(case.scale);
                     size = size.max(sum.abs().max(squares.sqrt()) * scale);
-                    match case.softcap {
-                        Some(cap) => f64::from(cap) * (sum * scale / f64::from(cap)).tanh(),
+                    match case.softcap.map(f64::from) {
+                        Some(cap) => cap * (sum * scale / cap).tanh(),
                         None => sum * scale,
                     }
-                });
-                let scores: Vec<f64> = scores.collect();
+                };
+                let scores: Vec<f64> = seen.iter().map(score).collect();
                 let maximum = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let weights: Vec<f64> = scores.iter().map(|s| (s - maximum).exp()).collect();
-                let total: f64 = weights.iter().sum();
-                for d in 0..dim {
-                    let value = |row: usize| {
-                        f64::from(part(row, case.heads() + case.kv_heads + kv_head)[d])
-                    };
-                    let weighted = weights.iter().enumerate();
-                    let sum: f64 = weighted.map(|(i, w)| w * value(first + i)).sum();
-                    values.push(Exact {
-                        value: sum / total,
-                        tolerance: tolerance(dim, weights.len(), size),
-                    });
+                let mut total = 0.0;
+                let mut sums = vec![0.0; dim];
+                for (&token, score) in seen.iter().zip(scores) {
+                    let weight = (score - maximum).exp();
+                    total += weight;
+                    let value = part(token, case.heads() + case.kv_heads + kv_head);
+                    for (sum, value) in sums.iter_mut().zip(value) {
+                        *sum += weight * f64::from(*value);
+                    }
                 }
+                let tolerance = tolerance(dim, seen.len(), size);
+                values.extend(sums.iter().map(|sum| Exact {
+                    value: sum / total,
+                    tolerance,
+                }));
             }
             out.push(values);
         }
@@ -376,22 +408,17 @@ fn tolerance(head_dim: usize, keys: usize, size: f64) -> f64 {
     half_unit * 4.0 * (2.0 * score + (keys as f64 + 16.0).sqrt())
 }
 
-fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
-    rows.iter()
-        .map(|row| row.iter().map(|x| x.to_bits()).collect())
-        .collect()
-}
-
 /// Holds a case against float64 on every instruction set; gives the largest error relative to its
 /// tolerance.
 fn check(case: &Case) -> Result<f64, TestCaseError> {
-    let exact = reference(case);
-    let rows = batch_rows(case);
+    let tokens = case.rows();
+    let exact = reference(case, &tokens);
+    let rows = batch_rows(case, &tokens);
     let mut worst: f64 = 0.0;
     for isa in Isa::available() {
         let mut layer = Layer::new(case, isa, 2);
-        let batch = prepare(&mut layer, case);
-        let out = layer.run(batch, &rows);
+        let batch = prepare(&mut layer, case, &tokens);
+        let out = layer.run(batch, &rows, true);
         prop_assert_eq!(out.len(), exact.len());
         for (row, (out, exact)) in out.iter().zip(&exact).enumerate() {
             for (i, (&out, exact)) in out.iter().zip(exact).enumerate() {
@@ -414,19 +441,16 @@ fn check(case: &Case) -> Result<f64, TestCaseError> {
 /// Holds every row's bits in the whole batch, in other batches and on other numbers of threads
 /// against each other.
 fn check_bits(case: &Case) -> Result<(), TestCaseError> {
-    let rows = batch_rows(case);
+    let tokens = case.rows();
+    let rows = batch_rows(case, &tokens);
     for isa in Isa::available() {
         let mut layer = Layer::new(case, isa, 1);
-        let batch = prepare(&mut layer, case);
-        let whole = bits(&layer.run(batch.clone(), &rows));
+        let batch = prepare(&mut layer, case, &tokens);
+        let whole = layer.bits(batch.clone(), &rows);
 
         let mut more_threads = Layer::new(case, isa, 3);
-        let same_batch = prepare(&mut more_threads, case);
-        prop_assert_eq!(
-            &bits(&more_threads.run(same_batch, &rows)),
-            &whole,
-            "3 threads"
-        );
+        let same_batch = prepare(&mut more_threads, case, &tokens);
+        prop_assert_eq!(&more_threads.bits(same_batch, &rows), &whole, "3 threads");
 
         // Groups and segments the other way round.
         let mut first_row = 0;
@@ -447,7 +471,7 @@ fn check_bits(case: &Case) -> Result<(), TestCaseError> {
             .flat_map(|(_, segment, first)| *first..first + segment.rows)
             .collect();
         let reordered: Vec<Vec<f32>> = order.iter().map(|&row| rows[row].clone()).collect();
-        let out = bits(&layer.run(reversed, &reordered));
+        let out = layer.bits(reversed, &reordered);
         for (place, &row) in order.iter().enumerate() {
             prop_assert_eq!(&out[place], &whole[row], "row {} of a reversed batch", row);
         }
@@ -467,15 +491,13 @@ fn check_bits(case: &Case) -> Result<(), TestCaseError> {
             };
             for start in (0..segment.rows).rev().step_by(7) {
                 let row = first + start;
-                let alone = bits(&layer.run(part(start, start + 1), &rows[row..=row]));
+                let alone = layer.bits(part(start, start + 1), &rows[row..=row]);
                 prop_assert_eq!(&alone[0], &whole[row], "row {} alone", row);
             }
             let half = segment.rows / 2;
-            let tail = layer.run(
-                part(half, segment.rows),
-                &rows[first + half..first + segment.rows],
-            );
-            prop_assert_eq!(&bits(&tail)[..], &whole[first + half..first + segment.rows]);
+            let rest = first + half..first + segment.rows;
+            let tail = layer.bits(part(half, segment.rows), &rows[rest.clone()]);
+            prop_assert_eq!(&tail[..], &whole[rest]);
         }
     }
     Ok(())

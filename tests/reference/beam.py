@@ -72,16 +72,21 @@ def case(model, name: str, prompt: list[int], ends: list[int], n: int, limit: in
     }
 
 
-def end_tokens(model, prompt: list[int], limit: int) -> list[list[int]]:
-    """Single tokens and pairs of them to try as end tokens: those that many beams would meet first."""
+def end_tokens(model, prompt: list[int], limit: int, count: int) -> list[list[int]]:
+    """Sets of end tokens to try: likely ones, so that answers end at different lengths."""
+    if count > 2:
+        # At the first step most of the best continuations end, but for the very best.
+        with torch.no_grad():
+            ranked = model(torch.tensor([prompt])).logits[0, -1].argsort(descending=True).tolist()
+        return [sorted(ranked[best : best + count]) for best in range(1, 6)]
     never = model.config.vocab_size - 1
     sequences, _ = search(model, prompt, [never], 7, limit)
-    count: dict[int, int] = {}
+    beams: dict[int, int] = {}
     for sequence in sequences:
         for token in set(sequence):
-            count[token] = count.get(token, 0) + 1
-    likely = sorted(count, key=lambda token: (-count[token], token))
-    return [[token] for token in likely] + [sorted(pair) for pair in zip(likely, likely[1:])]
+            beams[token] = beams.get(token, 0) + 1
+    likely = sorted(beams, key=lambda token: (-beams[token], token))
+    return [sorted(ends) for ends in zip(*(likely[skip:] for skip in range(count)))]
 
 
 def variety(found: dict) -> int:
@@ -97,12 +102,12 @@ def settled(found: dict) -> bool:
     return None not in found["ended"] and longest + 2 < found["max_tokens"]
 
 
-def cases_of(model, name: str, prompt: list[int], limit: int, several: bool, most_tried: int) -> list[dict]:
+def cases_of(model, name: str, prompt: list[int], limit: int, ends: int, most_tried: int) -> list[dict]:
     """For each number of beams the most various case, and one that is over early, where there are such.
 
-    With `several`, of two end tokens each.
+    Each has so many end tokens.
     """
-    tries = [ends for ends in end_tokens(model, prompt, limit) if (len(ends) > 1) == several][:most_tried]
+    tries = end_tokens(model, prompt, limit, ends)[:most_tried]
     kept = []
     for n in BEAMS:
         found = [made for ends in tries if (made := case(model, name, prompt, ends, n, limit))]
@@ -136,14 +141,15 @@ def main() -> None:
             ).eval()
         known = load_file(folder / "golden.safetensors")
         prompts = [known[f"{part}.input_ids"].tolist() for part in ["prompt", "single", "candidate.2"]]
-        for prompt, limit, several in zip(prompts, [24, 20, 12], [False, False, True]):
-            cases += cases_of(model, name, prompt, limit, several, most_tried=16)
+        for prompt, limit, ends in zip(prompts, [24, 20, 12], [1, 1, 2]):
+            cases += cases_of(model, name, prompt, limit, ends, most_tried=6)
+        cases += cases_of(model, name, prompts[0], 12, ends=10, most_tried=6)
     print("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = gguf_files.load(file)
-    for text, several in zip(SMOLLM2_PROMPTS, [False, True]):
+    for text, ends in zip(SMOLLM2_PROMPTS, [1, 2]):
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        cases += cases_of(model, "smollm2", prompt, 16, several, most_tried=4)
+        cases += cases_of(model, "smollm2", prompt, 16, ends, most_tried=3)
 
     (GOLDEN / "beam.json").write_text(
         json.dumps(
