@@ -414,6 +414,7 @@ models! {
     llama_tied: "llama-tied",
     llama_untied_sharded: "llama-untied",
     llama_bias: "llama-bias",
+    llama_mlp_bias: "llama-mlp-bias",
     llama_llama3_rope: "llama-llama3-rope",
     llama_linear_rope: "llama-linear-rope",
     mistral: "mistral",
