@@ -3,6 +3,8 @@
 
 #[path = "support/golden_file.rs"]
 mod golden_file;
+#[path = "support/smollm2.rs"]
+mod smollm2_file;
 #[path = "support/tolerance.rs"]
 mod tolerance;
 
@@ -13,7 +15,6 @@ use podium::backend::{Backend, Batch, Group, PAGE_LEN, PageId, Segment};
 use podium::engine::select::Strategy;
 use podium::engine::stop::FinishReason;
 use podium::engine::{Candidate, Engine, EngineError, GenerateRequest, ScoreRequest, Scored};
-use podium::model::default_model;
 use podium::model::files::ModelFiles;
 use podium::model::forward::{Depth, Model};
 use std::collections::HashSet;
@@ -413,6 +414,7 @@ models! {
     llama_tied: "llama-tied",
     llama_untied_sharded: "llama-untied",
     llama_bias: "llama-bias",
+    llama_mlp_bias: "llama-mlp-bias",
     llama_llama3_rope: "llama-llama3-rope",
     llama_linear_rope: "llama-linear-rope",
     mistral: "mistral",
@@ -454,21 +456,10 @@ fn every_golden_has_tests() {
     assert_eq!(folders, tested);
 }
 
-/// The default model, where `scripts/demo` or `scripts/test` has put it.
+/// The default model.
 mod smollm2 {
+    use super::smollm2_file::path;
     use super::*;
-
-    /// `None`, said aloud, where it has not been fetched. A model that was named must be there.
-    fn path() -> Option<PathBuf> {
-        if let Some(path) = std::env::var_os("PODIUM_TEST_MODEL") {
-            return Some(path.into());
-        }
-        let path = default_model::path();
-        if let Err(missing) = &path {
-            println!("skipped: {missing}");
-        }
-        path.ok()
-    }
 
     #[test]
     fn outputs() {
