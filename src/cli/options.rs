@@ -50,8 +50,8 @@ pub struct GlobalOptions {
     )]
     pub threads: Option<usize>,
 
-    /// Compute products of quantised weights in float32; else activations are rounded to 8 bits for
-    /// them where the processor multiplies bytes faster
+    /// Compute products of quantised weights in float32; else activations are rounded to 16 bits
+    /// for them where the processor has byte products
     #[arg(long, global = true, help_heading = "Global options")]
     pub exact: bool,
 

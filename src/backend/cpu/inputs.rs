@@ -8,7 +8,7 @@ use super::team::Team;
 use crate::backend::Norm;
 
 /// Rows of activations in tiles as tall as the register tile, their norm applied: as float32, tile
-/// after tile `[in_features][rows of the tile]`, or quantised to bytes (`integer.rs`).
+/// after tile `[in_features][rows of the tile]`, or as whole numbers of two bytes (`integer.rs`).
 pub struct Inputs {
     data: Aligned,
     tiles: Vec<Tile>,

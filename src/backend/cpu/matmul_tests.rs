@@ -121,15 +121,15 @@ impl Product<'_> {
     }
 }
 
-/// Rows whose spans are bytes times a power of two, so that rounding to bytes changes nothing.
-fn bytes(rows: usize, width: usize, seed: u64) -> Rows {
+/// Rows whose spans are whole numbers times a power of two, so that rounding changes nothing.
+fn whole(rows: usize, width: usize, seed: u64) -> Rows {
     let mut x = filled(rows, width, seed);
     for row in 0..rows {
         for (index, span) in x.row_mut(row).chunks_mut(SPAN).enumerate() {
             let scale = f32::powi(2.0, index as i32 % 5 - 9);
             span.iter_mut()
-                .for_each(|x| *x = (*x * 127.0).round() * scale);
-            span[(row + index) % span.len()] = 127.0 * scale;
+                .for_each(|x| *x = (*x * 32512.0).round() * scale);
+            span[(row + index) % span.len()] = 32512.0 * scale;
         }
     }
     x
@@ -161,7 +161,7 @@ fn every_format_and_shape_agrees_with_float64_and_rows_do_not_see_each_other() {
                     weight,
                     form,
                 };
-                let x = bytes(29, in_features, 3);
+                let x = whole(29, in_features, 3);
                 let alone: Vec<Rows> = (0..29).map(|row| product.of(&x, &[row])).collect();
                 for (row, alone) in alone.iter().enumerate() {
                     let exact = reference(x.row(row), &stored);
@@ -185,7 +185,7 @@ fn every_format_and_shape_agrees_with_float64_and_rows_do_not_see_each_other() {
 }
 
 #[test]
-fn rounding_activations_to_bytes_costs_half_a_step_each() {
+fn rounding_activations_to_sixteen_bits_costs_half_a_step_each() {
     let (team, dtype) = (&Team::new(1).unwrap(), Dtype::Q6K);
     let stored = stored(dtype, 4, 48, 512);
     let weight = &Matrix::pack(team, std::slice::from_ref(&stored));
@@ -214,7 +214,7 @@ fn rounding_activations_to_bytes_costs_half_a_step_each() {
                 let half_steps = spans.map(|(x, w)| {
                     let greatest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
                     let sum: f64 = w.iter().map(|w| f64::from(w.abs())).sum();
-                    f64::from(greatest) / 254.0 * sum
+                    f64::from(greatest) / 65024.0 * sum
                 });
                 let bound = half_steps.sum::<f64>() * 1.0001 + size * 1e-5;
                 let error = (f64::from(out.row(row)[output]) - exact).abs();

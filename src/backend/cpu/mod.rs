@@ -72,8 +72,8 @@ impl Cpu {
     }
 
     /// Computes every product from the weights as dequantised and activations in float32. Without it,
-    /// products of quantised weights take activations rounded to eight bits, where the processor has
-    /// instructions for that (`integer.rs`).
+    /// products of quantised weights take activations rounded to sixteen bits, where the processor has
+    /// byte products (`integer.rs`).
     pub fn exact(self) -> Cpu {
         Cpu {
             exact: true,

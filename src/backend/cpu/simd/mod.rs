@@ -69,6 +69,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Of signed integers; exact below 2^24.
     unsafe fn to_f32(a: Self::I) -> Self::V;
     unsafe fn splat_i32(x: i32) -> Self::I;
+    /// Wraps around.
+    unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn store_u32(p: *mut u32, a: Self::I);
 
     /// `sum + Σ u·s` over the four bytes of each lane, those of `u` unsigned, those of `s` signed.

@@ -124,6 +124,10 @@ unsafe impl Simd for Portable {
         [x as u32; LANES]
     }
     #[inline(always)]
+    unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
     unsafe fn store_u32(p: *mut u32, a: Self::I) {
         unsafe { p.cast::<[u32; LANES]>().write_unaligned(a) }
     }

@@ -139,6 +139,10 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_set1_epi32(x) }
     }
     #[inline(always)]
+    unsafe fn add_i32(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
     unsafe fn store_u32(p: *mut u32, a: __m512i) {
         unsafe { _mm512_storeu_si512(p.cast(), a) }
     }
@@ -379,6 +383,10 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
     unsafe fn splat_i32(x: i32) -> Self::I {
         let v = unsafe { _mm256_set1_epi32(x) };
         Pair(v, v)
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I {
+        unsafe { both!(_mm256_add_epi32, a, b) }
     }
     #[inline(always)]
     unsafe fn store_u32(p: *mut u32, a: Self::I) {
