@@ -15,9 +15,9 @@
 //! | Q6_K | 8 | scale f16 | a factor i8 for each half, 4 words of nibbles, 2 of upper bit pairs |
 //!
 //! A quad is the codes of four inputs as the four bytes of a lane: what one byte product takes
-//! ([`Simd::dot4`]). Of eight inputs those with even numbers are one quad and those with odd numbers
-//! the next ([`quad_input`]), so that nibbles become quads by a mask and a shift, and bits that
-//! belong to a quad are eight apart.
+//! ([`Simd::dot4`]). A word of nibbles has one quad in the lower halves of its bytes and the next in
+//! the upper halves, and bits that belong to a quad are eight apart, so that a mask and a shift make
+//! a quad of either.
 
 use super::simd::{LANES, Simd};
 use crate::model::tensor::Dtype;
@@ -28,11 +28,6 @@ pub const UNIT: usize = 8;
 pub const SPAN: usize = 32;
 /// Quads of a span.
 pub const QUADS: usize = SPAN / 4;
-
-/// The input of a span that byte `byte` of quad `quad` holds.
-pub const fn quad_input(quad: usize, byte: usize) -> usize {
-    quad / 2 * UNIT + 2 * byte + quad % 2
-}
 
 /// Layout of a block format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,8 +139,8 @@ pub(super) unsafe trait Codes: Format {
                 return [word(2 * unit), word(2 * unit + 1)];
             }
             let nibbles = word(unit);
-            let even = S::and(nibbles, 0x0f0f_0f0f);
-            let odd = S::and(S::shift_right(nibbles, 4), 0x0f0f_0f0f);
+            let first = S::and(nibbles, 0x0f0f_0f0f);
+            let second = S::and(S::shift_right(nibbles, 4), 0x0f0f_0f0f);
             // The word of upper bits, those of this unit's quads lowest.
             let (upper, mask, width) = match Self::LAYOUT.bits {
                 5 => (S::shift_right(word(4), 2 * unit as u32), 0x1010_1010, 1),
@@ -153,11 +148,11 @@ pub(super) unsafe trait Codes: Format {
                     let upper = word(4 + unit / 2);
                     (S::shift_right(upper, 4 * (unit as u32 % 2)), 0x3030_3030, 2)
                 }
-                _ => return [even, odd],
+                _ => return [first, second],
             };
             [
-                S::or(even, S::and(S::shift_left(upper, 4), mask)),
-                S::or(odd, S::and(S::shift_left(upper, 4 - width), mask)),
+                S::or(first, S::and(S::shift_left(upper, 4), mask)),
+                S::or(second, S::and(S::shift_left(upper, 4 - width), mask)),
             ]
         }
     }
@@ -260,7 +255,7 @@ unsafe fn dequantise<S: Simd, F: Codes>(block: *const u8, unit: usize) -> [S::V;
         let quads = F::quads::<S>(block, unit);
         let mut out = [scale; UNIT];
         for (i, out) in out.iter_mut().enumerate() {
-            let code = S::and(S::shift_right(quads[i % 2], (i / 2 * 8) as u32), 255);
+            let code = S::and(S::shift_right(quads[i / 4], (i % 4 * 8) as u32), 255);
             *out = S::fma(S::to_f32(code), scale, offset);
         }
         out

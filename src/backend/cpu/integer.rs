@@ -16,9 +16,8 @@
 //! The sums of bytes are whole numbers, the same in any order. What is float32 is one chain along the
 //! spans, the same for one row and for many, so here too a row's result does not depend on its batch.
 
-use super::format::{CodeLayout, Codes, QUADS, SPAN, UNIT, quad_input};
+use super::format::{CodeLayout, Codes, QUADS, SPAN, UNIT};
 use super::inputs::Normed;
-use super::matmul::GEMV_PANELS;
 use super::matrix::with_format;
 use super::simd::{Isa, Kernel, LANES, Simd};
 use crate::model::tensor::Dtype;
@@ -63,18 +62,20 @@ impl Kernel for Quantise<'_> {
     unsafe fn run<S: Simd>(self) {
         // SAFETY: a row of `width` numbers, whole spans; `out` has room for as many.
         unsafe {
-            let scale = self.row.scale::<S>();
-            let source = std::slice::from_raw_parts(self.row.source, self.row.width);
-            for (span, source) in source.chunks_exact(SPAN).enumerate() {
-                let mut x = [0.0f32; SPAN];
-                x.copy_from_slice(source);
-                if let Some(norm) = self.row.norm {
-                    let weights = &norm.weight.as_slice()[span * SPAN..][..SPAN];
-                    for (x, weight) in x.iter_mut().zip(weights) {
-                        *x = *x * scale * weight;
+            let norm_scale = S::splat(self.row.scale::<S>());
+            for span in 0..self.row.width / SPAN {
+                let halves = [0, LANES].map(|half| {
+                    let at = span * SPAN + half;
+                    let x = S::load(self.row.source.add(at));
+                    match self.row.norm {
+                        Some(norm) => {
+                            let weight = S::load(norm.weight.as_slice()[at..].as_ptr());
+                            S::mul(S::mul(x, norm_scale), weight)
+                        }
+                        None => x,
                     }
-                }
-                let words = quantise(&x);
+                });
+                let words = quantise::<S>(halves);
                 let out = self.out.add(span * SPAN_WORDS * self.rows + self.i);
                 for (index, word) in words.into_iter().enumerate() {
                     *out.add(index * self.rows) = word;
@@ -84,102 +85,93 @@ impl Kernel for Quantise<'_> {
     }
 }
 
+/// The words of a span.
 #[inline(always)]
-fn quantise(x: &[f32; SPAN]) -> [u32; SPAN_WORDS] {
-    // The bits of magnitudes order as they do, and integers have a vector maximum.
-    let greatest = x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max();
-    let greatest = f32::from_bits(greatest.unwrap_or(0));
-    let scale = greatest / GREATEST;
-    // Nothing but zeros, or too small for a scale: zeros.
-    let inverse = if scale >= f32::MIN_POSITIVE {
-        GREATEST / greatest
-    } else {
-        0.0
-    };
-    let mut whole = [0i32; SPAN];
-    for (z, x) in whole.iter_mut().zip(x) {
-        *z = (x * inverse).round_ties_even() as i32;
-    }
+unsafe fn quantise<S: Simd>(halves: [S::V; 2]) -> [u32; SPAN_WORDS] {
     let mut words = [0; SPAN_WORDS];
-    for quad in 0..QUADS {
-        let of_quad: [i32; 4] = std::array::from_fn(|byte| whole[quad_input(quad, byte)]);
-        // The low byte is signed, so what it takes away from the high one is at most one.
-        words[quad] = u32::from_le_bytes(of_quad.map(|z| ((z - i32::from(z as i8)) >> 8) as u8));
-        words[QUADS + quad] = u32::from_le_bytes(of_quad.map(|z| z as u8));
+    unsafe {
+        let magnitude = halves.map(|x| S::max(x, S::sub(S::splat(0.0), x)));
+        let greatest = S::greatest(S::max(magnitude[0], magnitude[1]));
+        let scale = greatest / GREATEST;
+        // Nothing but zeros, or too small for a scale: zeros.
+        let inverse = if scale >= f32::MIN_POSITIVE {
+            GREATEST / greatest
+        } else {
+            0.0
+        };
+        let mut sums = [0.0; 2];
+        for (half, x) in halves.into_iter().enumerate() {
+            let z = S::to_i32(S::mul(x, S::splat(inverse)));
+            // The low byte is signed, so the high one is rounded to the nearest.
+            let high = S::shift_right(S::add_i32(z, S::splat_i32(128)), 8);
+            let place = words.as_mut_ptr().add(half * QUADS / 2);
+            S::store_low_bytes(place.cast(), high);
+            S::store_low_bytes(place.add(QUADS).cast(), z);
+            // Whole numbers below 2^24: exact.
+            sums[half] = S::sum(S::to_f32(z));
+        }
+        words[SCALE] = scale.to_bits();
+        words[SCALED_SUM] = (scale * (sums[0] + sums[1])).to_bits();
+        for (word, sum) in words[HALF_SUMS..].iter_mut().zip(sums) {
+            *word = sum as i32 as u32;
+        }
     }
-    let (lower, upper) = whole.split_at(SPAN / 2);
-    let sums = [lower.iter().sum::<i32>(), upper.iter().sum::<i32>()];
-    words[SCALE] = scale.to_bits();
-    words[SCALED_SUM] = (scale * (sums[0] + sums[1]) as f32).to_bits();
-    words[HALF_SUMS] = sums[0] as u32;
-    words[HALF_SUMS + 1] = sums[1] as u32;
     words
 }
 
-/// One quantised row times [`GEMV_PANELS`] panels of the same format.
-struct Gemv<'a, F> {
-    panels: [*const u8; GEMV_PANELS],
+/// One quantised row times one panel: a single stream through memory, which panels that follow each
+/// other continue, so that the processor runs ahead of it.
+struct Gemv<F> {
+    panel: *const u8,
     x: *const u32,
     width: usize,
-    sums: &'a mut [[f32; LANES]; GEMV_PANELS],
+    sums: *mut f32,
     format: PhantomData<F>,
 }
 
-impl<F: Codes> Kernel for Gemv<'_, F> {
+/// Bytes ahead in the stream that are asked for.
+const AHEAD: usize = 4096;
+
+impl<F: Codes> Kernel for Gemv<F> {
     type Output = ();
-    // Counted loops are unrolled early, so that the sums stay in registers.
-    #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         unsafe {
-            let mut acc = [S::splat(0.0); GEMV_PANELS];
+            let mut acc = S::splat(0.0);
             let span_bytes = F::BLOCK_BYTES / F::LAYOUT.spans;
-            // The same place of the next panels, which follow in memory.
-            let ahead = GEMV_PANELS * self.width / F::BLOCK_INPUTS * F::BLOCK_BYTES;
             for block in 0..self.width / F::BLOCK_INPUTS {
+                let packed = self.panel.add(block * F::BLOCK_BYTES);
                 for span in 0..F::LAYOUT.spans {
                     let x = self.x.add((block * F::LAYOUT.spans + span) * SPAN_WORDS);
-                    for p in 0..GEMV_PANELS {
-                        let packed = self.panels[p].add(block * F::BLOCK_BYTES);
-                        let next = packed.wrapping_add(span * span_bytes + ahead);
-                        for line in (0..span_bytes).step_by(64) {
-                            S::prefetch(next.wrapping_add(line));
-                        }
-                        let mut quads = [S::splat_i32(0); QUADS];
-                        for unit in 0..SPAN / UNIT {
-                            let two = F::quads::<S>(packed, span * (SPAN / UNIT) + unit);
-                            [quads[2 * unit], quads[2 * unit + 1]] = two;
-                        }
-                        for part in 0..F::LAYOUT.scales {
-                            let quads_of_part = QUADS / F::LAYOUT.scales;
-                            let part_quads = part * quads_of_part..(part + 1) * quads_of_part;
-                            let byte = |q: usize| S::splat_i32(*x.add(q) as i32);
-                            let mut dot = S::splat_i32(0);
-                            for q in part_quads.clone() {
-                                dot = S::dot4(dot, quads[q], byte(q));
+                    let next = packed.wrapping_add(span * span_bytes + AHEAD);
+                    for line in (0..span_bytes).step_by(64) {
+                        S::prefetch(next.wrapping_add(line));
+                    }
+                    for part in 0..F::LAYOUT.scales {
+                        // Two chains: neither waits for the other.
+                        let mut high = S::splat_i32(0);
+                        let mut low = S::splat_i32(start(x, 1, 0, part, F::LAYOUT));
+                        let units = SPAN / UNIT / F::LAYOUT.scales;
+                        for unit in part * units..(part + 1) * units {
+                            let quads = F::quads::<S>(packed, span * (SPAN / UNIT) + unit);
+                            for (i, codes) in quads.into_iter().enumerate() {
+                                let x = x.add(2 * unit + i);
+                                high = S::dot4(high, codes, S::splat_i32(*x as i32));
+                                low = S::dot4(low, codes, S::splat_i32(*x.add(QUADS) as i32));
                             }
-                            let start = start(x, 1, 0, part, F::LAYOUT);
-                            dot = S::add_i32(S::shift_left(dot, 8), S::splat_i32(start));
-                            for q in part_quads {
-                                dot = S::dot4(dot, quads[q], byte(QUADS + q));
-                            }
-                            let scale = F::scale::<S>(packed, span, part);
-                            acc[p] = S::fma(
-                                S::to_f32(dot),
-                                S::mul(scale, splat::<S>(x.add(SCALE))),
-                                acc[p],
-                            );
                         }
-                        if F::LAYOUT.minimum {
-                            let minimum = F::minimum::<S>(packed, span);
-                            acc[p] = S::fma(minimum, splat::<S>(x.add(SCALED_SUM)), acc[p]);
-                        }
+                        let dot = S::add_i32(S::shift_left(high, 8), low);
+                        let scale = F::scale::<S>(packed, span, part);
+                        let scale = S::mul(scale, splat::<S>(x.add(SCALE)));
+                        acc = S::fma(S::to_f32(dot), scale, acc);
+                    }
+                    if F::LAYOUT.minimum {
+                        let minimum = F::minimum::<S>(packed, span);
+                        acc = S::fma(minimum, splat::<S>(x.add(SCALED_SUM)), acc);
                     }
                 }
             }
-            for (sums, acc) in self.sums.iter_mut().zip(acc) {
-                S::store(sums.as_mut_ptr(), acc);
-            }
+            S::store(self.sums, acc);
         }
     }
 }
@@ -204,19 +196,21 @@ unsafe fn start(span: *const u32, rows: usize, row: usize, part: usize, layout: 
     -layout.middle() * sum
 }
 
-/// [`Gemv`], the format chosen at run time.
+/// [`Gemv`], the format chosen at run time: sixteen sums.
+///
+/// # Safety
+/// As [`Simd`]; a packed panel of `width` inputs, and as many quantised ones at `x`.
 #[inline(always)]
 pub(super) unsafe fn gemv<S: Simd>(
-    dtype: Dtype,
-    panels: [*const u8; GEMV_PANELS],
+    (dtype, panel): (Dtype, *const u8),
     x: *const u32,
     width: usize,
-    sums: &mut [[f32; LANES]; GEMV_PANELS],
+    sums: *mut f32,
 ) {
     // SAFETY: passed on.
     unsafe {
         with_format!(codes dtype,
-            F => S::call(Gemv::<F> { panels, x, width, sums, format: PhantomData }),
+            F => S::call(Gemv::<F> { panel, x, width, sums, format: PhantomData }),
             else unreachable!("only codes are multiplied as bytes"))
     }
 }

@@ -28,7 +28,7 @@ pub(super) const RUN: usize = 128;
 /// Rows whose sums are kept beside them: 192 × 32 float32 = 24 KiB.
 pub(super) const ROW_BLOCK: usize = 192;
 /// Panels that the one-row kernel reads side by side, to have enough independent sums in flight.
-pub(super) const GEMV_PANELS: usize = 4;
+const GEMV_PANELS: usize = 4;
 
 /// What happens to a result before it is stored.
 #[derive(Clone, Copy)]
@@ -112,6 +112,21 @@ impl Task<'_> {
     unsafe fn one_row<S: Simd>(&self) {
         let x = self.inputs.tile(self.inputs.tiles()[0], 0);
         let width = self.inputs.in_features();
+        if self.inputs.form() == Form::Quantised {
+            for &pair in self.pairs {
+                let mut sums = [[0.0f32; LANES]; 2];
+                // SAFETY: packed panels of `width` inputs; x has as many.
+                unsafe {
+                    for (panel, sums) in [Some(pair.0), pair.1].into_iter().flatten().zip(&mut sums)
+                    {
+                        let panel = self.weight.panel(panel);
+                        integer::gemv::<S>(panel, x.cast(), width, sums.as_mut_ptr());
+                    }
+                    self.finish::<S>(pair, 0, sums.as_ptr().cast());
+                }
+            }
+            return;
+        }
         for pairs in self.pairs.chunks(GEMV_PANELS / 2) {
             let mut sums = [[0.0f32; LANES]; GEMV_PANELS];
             // A panel that does not exist is computed as a copy of the first and not stored.
@@ -125,26 +140,21 @@ impl Task<'_> {
             });
             let read = panels.map(|panel| self.weight.panel(panel));
             let same = read.iter().all(|(dtype, _)| *dtype == read[0].0);
-            let product = |dtype, panels, sums: &mut _| unsafe {
-                // SAFETY: packed panels of `width` inputs; x has as many, in whole units.
-                match self.inputs.form() {
-                    Form::Float => gemv::<S>(dtype, panels, x, width, sums),
-                    Form::Quantised => integer::gemv::<S>(dtype, panels, x.cast(), width, sums),
+            // SAFETY: packed panels of `width` inputs; x has as many, in whole units.
+            unsafe {
+                if same {
+                    gemv::<S>(read[0].0, read.map(|(_, panel)| panel), x, width, &mut sums);
+                } else {
+                    // Two parts of different formats meet here: one panel at a time.
+                    for (index, &(dtype, panel)) in read.iter().enumerate() {
+                        let mut copies = [[0.0f32; LANES]; GEMV_PANELS];
+                        gemv::<S>(dtype, [panel; GEMV_PANELS], x, width, &mut copies);
+                        sums[index] = copies[0];
+                    }
                 }
-            };
-            if same {
-                product(read[0].0, read.map(|(_, panel)| panel), &mut sums);
-            } else {
-                // Two parts of different formats meet here: one panel at a time.
-                for (index, &(dtype, panel)) in read.iter().enumerate() {
-                    let mut copies = [[0.0f32; LANES]; GEMV_PANELS];
-                    product(dtype, [panel; GEMV_PANELS], &mut copies);
-                    sums[index] = copies[0];
+                for (&pair, sums) in pairs.iter().zip(sums.chunks(2)) {
+                    self.finish::<S>(pair, 0, sums.as_ptr().cast());
                 }
-            }
-            for (&pair, sums) in pairs.iter().zip(sums.chunks(2)) {
-                // SAFETY: two vectors of sums.
-                unsafe { self.finish::<S>(pair, 0, sums.as_ptr().cast()) };
             }
         }
     }

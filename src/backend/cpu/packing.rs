@@ -1,7 +1,7 @@
 //! Stored rows into packed panels: the bits of the file, their order changed. `format.rs` has the
 //! layout.
 
-use super::format::{CodeLayout, QUADS, SPAN, block_bytes, quad_input};
+use super::format::{CodeLayout, QUADS, SPAN, block_bytes};
 use super::simd::LANES;
 use crate::model::tensor::Dtype;
 
@@ -44,7 +44,7 @@ fn put(packed: &mut [u8], lane: usize, index: usize, bytes: &[u8]) {
 /// Writes 32 codes into their lane of a span's words.
 fn pack_span(bits: usize, codes: &[u8], lane: usize, words: &mut [u8]) {
     let quad = |quad: usize| -> u32 {
-        u32::from_le_bytes(std::array::from_fn(|byte| codes[quad_input(quad, byte)]))
+        u32::from_le_bytes(std::array::from_fn(|byte| codes[4 * quad + byte]))
     };
     let mut put = |index: usize, word: u32| put(words, lane, index, &word.to_le_bytes());
     if bits == 8 {

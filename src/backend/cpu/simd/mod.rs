@@ -68,6 +68,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
     /// Of signed integers; exact below 2^24.
     unsafe fn to_f32(a: Self::I) -> Self::V;
+    /// To the nearest integer, ties to even; unspecified beyond 32 bits and for NaN.
+    unsafe fn to_i32(a: Self::V) -> Self::I;
+    /// Stores the lowest byte of each lane.
+    unsafe fn store_low_bytes(p: *mut u8, a: Self::I);
     unsafe fn splat_i32(x: i32) -> Self::I;
     /// Wraps around.
     unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I;

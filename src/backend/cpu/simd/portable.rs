@@ -120,6 +120,14 @@ unsafe impl Simd for Portable {
         a.map(|a| a as i32 as f32)
     }
     #[inline(always)]
+    unsafe fn to_i32(a: Self::V) -> Self::I {
+        a.map(|a| a.round_ties_even() as i32 as u32)
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(p: *mut u8, a: Self::I) {
+        unsafe { p.cast::<[u8; LANES]>().write_unaligned(a.map(|a| a as u8)) }
+    }
+    #[inline(always)]
     unsafe fn splat_i32(x: i32) -> Self::I {
         [x as u32; LANES]
     }

@@ -135,6 +135,14 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_cvtepi32_ps(a) }
     }
     #[inline(always)]
+    unsafe fn to_i32(a: __m512) -> __m512i {
+        unsafe { _mm512_cvtps_epi32(a) }
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(p: *mut u8, a: __m512i) {
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(a)) }
+    }
+    #[inline(always)]
     unsafe fn splat_i32(x: i32) -> __m512i {
         unsafe { _mm512_set1_epi32(x) }
     }
@@ -155,6 +163,13 @@ unsafe impl Simd for Avx512 {
         unsafe {
             let eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
             sum8(eight)
+        }
+    }
+    #[inline(always)]
+    unsafe fn greatest(v: __m512) -> f32 {
+        unsafe {
+            let (low, high) = (_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            greatest8(_mm256_max_ps(low, high))
         }
     }
     #[inline(always)]
@@ -182,6 +197,19 @@ unsafe fn sum8(eight: __m256) -> f32 {
         );
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+}
+
+#[inline(always)]
+unsafe fn greatest8(eight: __m256) -> f32 {
+    unsafe {
+        let (low, high) = (
+            _mm256_castps256_ps128(eight),
+            _mm256_extractf128_ps::<1>(eight),
+        );
+        let four = _mm_max_ps(low, high);
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
     }
 }
 
@@ -380,6 +408,24 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { both!(_mm256_cvtepi32_ps, a) }
     }
     #[inline(always)]
+    unsafe fn to_i32(a: Self::V) -> Self::I {
+        unsafe { both!(_mm256_cvtps_epi32, a) }
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(p: *mut u8, a: Self::I) {
+        unsafe {
+            let a = Self::and(a, 255);
+            // Packing works within halves of 128 bits: the middle quarters change places.
+            let words = _mm256_packus_epi32(a.0, a.1);
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let (low, high) = (
+                _mm256_castsi256_si128(words),
+                _mm256_extracti128_si256::<1>(words),
+            );
+            _mm_storeu_si128(p.cast(), _mm_packus_epi16(low, high));
+        }
+    }
+    #[inline(always)]
     unsafe fn splat_i32(x: i32) -> Self::I {
         let v = unsafe { _mm256_set1_epi32(x) };
         Pair(v, v)
@@ -414,6 +460,10 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
         unsafe { sum8(_mm256_add_ps(v.0, v.1)) }
+    }
+    #[inline(always)]
+    unsafe fn greatest(v: Self::V) -> f32 {
+        unsafe { greatest8(_mm256_max_ps(v.0, v.1)) }
     }
     #[inline(always)]
     unsafe fn zero_below(x: Self::V, bound: f32, y: Self::V) -> Self::V {
