@@ -8,7 +8,7 @@ use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
 use podium::backend::cpu::Cpu;
-use podium::backend::cpu::matmul::Inputs;
+use podium::backend::cpu::inputs::{Form, Inputs};
 use podium::backend::cpu::rows::{Rows, Vector};
 use podium::backend::cpu::simd::Isa;
 use podium::backend::random::uniform;
@@ -74,12 +74,15 @@ fn norm_and_interleave(criterion: &mut Criterion) {
         epsilon: 1e-5,
     };
     let mut group = group(criterion, "norm_interleave", &cpu);
-    for rows in ROWS {
+    for (rows, form) in ROWS
+        .map(|rows| [(rows, Form::Float), (rows, Form::Quantised)])
+        .concat()
+    {
         let x = filled(rows, HIDDEN_SIZE);
         let mut inputs = Inputs::default();
         group.throughput(Throughput::Bytes((2 * rows * HIDDEN_SIZE * 4) as u64));
-        group.bench_function(BenchmarkId::from_parameter(rows), |bencher| {
-            bencher.iter(|| inputs.fill(cpu.team(), cpu.isa(), &x, None, Some(&norm)));
+        group.bench_function(BenchmarkId::new(format!("{form:?}"), rows), |bencher| {
+            bencher.iter(|| inputs.fill(cpu.team(), cpu.isa(), form, (&x, None, Some(&norm))));
         });
     }
 }

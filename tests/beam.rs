@@ -44,7 +44,7 @@ fn cases() -> Vec<Case> {
 
 fn engine(path: &Path, end_tokens: &[u32]) -> Engine<Cpu> {
     let files = ModelFiles::open(path).unwrap();
-    let cpu = Cpu::new(2, Isa::best()).unwrap();
+    let cpu = Cpu::new(2, Isa::best()).unwrap().exact();
     let mut model = Model::load(cpu, &files, &mut |_| {}).unwrap();
     model.config.eos_token_ids = end_tokens.to_vec();
     Engine::without_text(model).unwrap()

@@ -30,7 +30,15 @@ fn model_path(name: &str) -> PathBuf {
 
 fn load(path: &Path, threads: usize, isa: Isa) -> Model<Cpu> {
     let files = ModelFiles::open(path).unwrap();
-    Model::load(Cpu::new(threads, isa).unwrap(), &files, &mut |_| {}).unwrap()
+    let exact = Cpu::new(threads, isa).unwrap().exact();
+    Model::load(exact, &files, &mut |_| {}).unwrap()
+}
+
+/// As a user gets it: quantised weights by byte products, where the processor has them.
+fn fast_engine(path: &Path, threads: usize) -> Engine<Cpu> {
+    let files = ModelFiles::open(path).unwrap();
+    let fast = Cpu::new(threads, Isa::best()).unwrap();
+    Engine::without_text(Model::load(fast, &files, &mut |_| {}).unwrap()).unwrap()
 }
 
 fn engine(path: &Path, threads: usize, isa: Isa) -> Engine<Cpu> {
@@ -232,7 +240,7 @@ fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
 /// on whether the layers above are run.
 fn batching(name: &str) {
     let golden = Golden::read(name);
-    let engine_of = |threads| engine(&model_path(name), threads, Isa::best());
+    let engine_of = |threads| fast_engine(&model_path(name), threads);
     let mut engine = engine_of(1);
     let alone: Vec<Scored> = golden
         .candidates
@@ -316,7 +324,7 @@ fn generation(name: &str) {
         // Hot, for some of these models are very sure of themselves.
         request.sampling.temperature = 4.0;
         request.feature_layers = golden.layers.clone();
-        let mut engine = engine(&model_path(name), threads, Isa::best());
+        let mut engine = fast_engine(&model_path(name), threads);
         let generated = engine.generate(&request, &mut |_| ControlFlow::Continue(()));
         (generated.unwrap(), engine)
     };
