@@ -178,6 +178,10 @@ void fail(const char* format, ...) {
 void fail_global(std::uint64_t address, std::size_t bytes, std::size_t alignment) {
     const std::uint64_t id = address >> OFFSET_BITS;
     const auto offset = static_cast<unsigned long long>(address & ((std::uint64_t{1} << OFFSET_BITS) - 1));
+    const unsigned long long before = (1ull << OFFSET_BITS) - offset;
+    if (before < (1ull << 32) && id + 1 < MAX_ALLOCATIONS && allocations[id + 1].base != nullptr)
+        fail("global memory out of bounds: %zu bytes at %llu before an allocation of %llu", bytes, before,
+             static_cast<unsigned long long>(allocations[id + 1].bytes));
     if (id >= MAX_ALLOCATIONS || allocations[id].base == nullptr)
         fail("access to global memory that was never allocated, or is freed (address 0x%llx)",
              static_cast<unsigned long long>(address));

@@ -1,5 +1,13 @@
 //! The CUDA backend: the kernels of `kernels/`, on a GPU or emulated on the CPU.
+//!
+//! Each file of `kernels/` has a module of its name here: how it is launched, and its test against
+//! float64.
 
 pub mod device;
+mod embed;
 pub mod emulated;
 pub mod images;
+mod norm;
+mod rope_append;
+#[cfg(test)]
+mod testing;
