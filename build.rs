@@ -355,8 +355,6 @@ fn find_nvcc(root: &Path, out: &Path) -> Result<Option<PathBuf>, String> {
         .into_iter()
         .chain(env::split_paths(&search_path).map(|folder| folder.join("nvcc")))
         .chain([installed(target), installed(&root.join("target"))]);
-    // The last two may come into being; a build script is run again when a file that it named does.
-    println!("cargo::rerun-if-changed={}", installed(target).display());
     Ok(candidates.find(|path| path.is_file()))
 }
 

@@ -4,10 +4,10 @@
 //! float64.
 
 pub mod device;
-mod embed;
+pub mod embed;
 pub mod emulated;
 pub mod images;
-mod norm;
-mod rope_append;
+pub mod norm;
+pub mod rope_append;
 #[cfg(test)]
 mod testing;
