@@ -1,7 +1,8 @@
 // RMSNorm of rows: norm(x) = x · weight / sqrt(mean(x²) + epsilon), in float32.
 //
 //   norm_rows  out[row] = norm(x[row]) in bfloat16, what a matrix product takes; rows of out are `stride` numbers
-//              apart, zeros from `width` on
+//              apart, zeros from `width` on; with `rows`, out[i] = norm(x[rows[i]])
+//   round_rows out[row] = x[row] in bfloat16, laid out the same
 //   norm_add   residual[row] += norm(x[row])
 //
 //   x, residual   [rows, width] float32
@@ -27,17 +28,27 @@ __device__ __forceinline__ float scale_of(Global<const float> row, unsigned widt
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    norm_rows(Global<const float> x, Global<const float> weight, float epsilon, unsigned width, unsigned stride,
-         Global<bf16> out) {
+    norm_rows(Global<const float> x, Global<const unsigned> rows, Global<const float> weight, float epsilon,
+              unsigned width, unsigned stride, Global<bf16> out) {
     launch_dependents();
     wait_for_predecessor();
-    const Global<const float> from = x + size_t{blockIdx.x} * width;
+    const Global<const float> from = x + size_t{rows != nullptr ? rows[blockIdx.x] : blockIdx.x} * width;
     const Global<bf16> to = out + size_t{blockIdx.x} * stride;
     const float scale = scale_of(from, width, epsilon);
     for (unsigned i = threadIdx.x; i < stride; i += THREADS)
         to[i] = __float2bfloat16_rn(i < width ? from[i] * scale * weight[i] : 0.0f);
 }
 KERNEL(norm_rows)
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    round_rows(Global<const float> x, unsigned width, unsigned stride, Global<bf16> out) {
+    launch_dependents();
+    wait_for_predecessor();
+    const Global<const float> from = x + size_t{blockIdx.x} * width;
+    const Global<bf16> to = out + size_t{blockIdx.x} * stride;
+    for (unsigned i = threadIdx.x; i < stride; i += THREADS) to[i] = __float2bfloat16_rn(i < width ? from[i] : 0.0f);
+}
+KERNEL(round_rows)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     norm_add(Global<const float> x, Global<const float> weight, float epsilon, unsigned width, Global<float> residual) {

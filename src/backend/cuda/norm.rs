@@ -14,19 +14,33 @@ fn shape(rows: usize) -> Launch {
     }
 }
 
-/// `out = norm(x)` in bfloat16: `x` [rows, width], `out` [rows, stride], zeros from `width` on.
+/// `out = norm(x)` in bfloat16: `x` [rows, width], `out` [rows, stride], zeros from `width` on;
+/// row i of it from `x[of[i]]`, where `of` is given.
 #[allow(clippy::too_many_arguments)]
 pub fn norm_rows(
     device: &dyn Device,
     x: &Buffer<f32>,
+    of: Option<&Buffer<u32>>,
     weight: &Buffer<f32>,
     epsilon: f32,
     (rows, width, stride): (usize, usize, usize),
     out: &Buffer<bf16>,
 ) -> Result<(), DeviceError> {
-    let mut arguments = arguments![x, weight, epsilon, width as u32, stride as u32, out];
+    let mut arguments = arguments![x, of, weight, epsilon, width as u32, stride as u32, out];
     // SAFETY: as the kernel's head says.
     unsafe { device.launch("norm_rows", shape(rows), &mut arguments) }
+}
+
+/// `out = x` in bfloat16: `x` [rows, width], `out` [rows, stride], zeros from `width` on.
+pub fn round_rows(
+    device: &dyn Device,
+    x: &Buffer<f32>,
+    (rows, width, stride): (usize, usize, usize),
+    out: &Buffer<bf16>,
+) -> Result<(), DeviceError> {
+    let mut arguments = arguments![x, width as u32, stride as u32, out];
+    // SAFETY: as the kernel's head says.
+    unsafe { device.launch("round_rows", Launch::blocks(rows, THREADS), &mut arguments) }
 }
 
 /// `residual += norm(x)`, both [rows, width].
@@ -69,7 +83,16 @@ mod tests {
             let expected = in_f64(&x, &weight, 1e-5);
             let [x, weight] = [&x, &weight].map(|v| Buffer::from_slice(&device, v, "in").unwrap());
             let out = Buffer::<bf16>::new(&device, rows * stride, "out").unwrap();
-            norm_rows(&*device, &x, &weight, 1e-5, (rows, width, stride), &out).unwrap();
+            norm_rows(
+                &*device,
+                &x,
+                None,
+                &weight,
+                1e-5,
+                (rows, width, stride),
+                &out,
+            )
+            .unwrap();
             let got = out.read(0, rows * stride).unwrap();
             for (got, expected) in got.chunks(stride).zip(expected.chunks(width)) {
                 let got: Vec<f32> = got.iter().map(|x| x.to_f32()).collect();
@@ -89,5 +112,43 @@ mod tests {
             let got = residual.read(0, rows * width).unwrap();
             assert_within(&got, &sums, |e| (e.abs() + 4.0) * 1e-6);
         }
+    }
+    #[test]
+    fn rows_are_gathered_and_rounded() {
+        let device = device();
+        let (rows, width, stride) = (4, 20, 24);
+        let x = random(1, rows * width);
+        let [on_device, weight] =
+            [&x, &vec![1.0; width]].map(|v| Buffer::from_slice(&device, v, "in").unwrap());
+        let out = Buffer::<bf16>::new(&device, rows * stride, "out").unwrap();
+        round_rows(&*device, &on_device, (rows, width, stride), &out).unwrap();
+        for (got, x) in out
+            .read(0, rows * stride)
+            .unwrap()
+            .chunks(stride)
+            .zip(x.chunks(width))
+        {
+            let expected = x.iter().map(|&x| bf16::from_f32(x));
+            assert!(got.iter().copied().eq(expected.chain([bf16::ZERO; 4])));
+        }
+
+        let norm = |of: Option<&Buffer<u32>>, rows| {
+            norm_rows(
+                &*device,
+                &on_device,
+                of,
+                &weight,
+                1e-5,
+                (rows, width, stride),
+                &out,
+            )
+            .unwrap();
+            out.read(0, rows * stride).unwrap()
+        };
+        let all = norm(None, rows);
+        let of = Buffer::from_slice(&device, &[3u32, 1], "rows").unwrap();
+        let gathered = norm(Some(&of), 2);
+        assert_eq!(gathered[..stride], all[3 * stride..]);
+        assert_eq!(gathered[stride..], all[stride..2 * stride]);
     }
 }
