@@ -43,6 +43,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP_SIZE)
         const unsigned table = part == 0 ? span.x : span.z, tokens = part == 0 ? span.y : span.w;
         const unsigned position = part == 0 ? 0 : span.y;
         const unsigned skipped = first_visible > position ? first_visible - position : 0;
+        if (skipped >= tokens) continue;  // so that each block below has a key that is seen
         for (unsigned first = skipped / WARP_SIZE * WARP_SIZE; first < tokens; first += WARP_SIZE) {
             const unsigned token = first + lane;
             float score = -INFINITY;
@@ -63,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP_SIZE)
                 }
                 if (cap != 0.0f) score = cap * tanhf(score / cap);
             }
-            // At least one of the 32 is seen: its maximum is finite.
+            // One of the 32 is seen, so the maximum is finite.
             const float highest = fmaxf(maximum, warp_max(score));
             const float weight = expf(score - highest), shrink = expf(maximum - highest);
             maximum = highest;
