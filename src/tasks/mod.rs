@@ -3,5 +3,6 @@
 pub mod candidates;
 pub mod collection;
 pub mod feature_file;
+pub mod sandbox;
 pub mod verify;
 pub mod whole_file;

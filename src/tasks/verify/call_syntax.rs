@@ -50,8 +50,12 @@ fn json_calls(text: &str) -> Option<Vec<Call>> {
         let mut rest = &text[start..];
         while rest.starts_with(['[', '{']) {
             let mut values = Deserializer::from_str(rest).into_iter::<Value>();
-            let Some(Ok(value)) = values.next() else { break };
-            let Some(more) = calls_in_json(&value) else { break };
+            let Some(Ok(value)) = values.next() else {
+                break;
+            };
+            let Some(more) = calls_in_json(&value) else {
+                break;
+            };
             calls.extend(more);
             let end = values.byte_offset();
             rest = rest[end..].trim_start_matches(|c: char| c.is_whitespace() || ",;".contains(c));
@@ -76,7 +80,10 @@ fn call_in_json(value: &Value) -> Option<Call> {
     if let Some(function @ Value::Object(_)) = fields.get("function") {
         return call_in_json(function);
     }
-    let name = fields.get("name").or_else(|| fields.get("function"))?.as_str()?;
+    let name = fields
+        .get("name")
+        .or_else(|| fields.get("function"))?
+        .as_str()?;
     let arguments = match fields.get("arguments").or_else(|| fields.get("parameters")) {
         None | Some(Value::Null) => Map::new(),
         Some(Value::Object(arguments)) => arguments.clone(),
@@ -98,11 +105,14 @@ fn python_calls(text: &str) -> Option<Vec<Call>> {
             text[..place].trim_end_matches(is_name).len()
         })
         .find_map(|start| {
-            let mut reader = Reader { rest: &text[start..] };
+            let mut reader = Reader {
+                rest: &text[start..],
+            };
             let mut calls = vec![reader.call()?];
             loop {
                 let behind = reader.rest;
-                reader.rest = behind.trim_start_matches(|c: char| c.is_whitespace() || ",;".contains(c));
+                reader.rest =
+                    behind.trim_start_matches(|c: char| c.is_whitespace() || ",;".contains(c));
                 match reader.call() {
                     Some(call) => calls.push(call),
                     None => return Some(calls),
@@ -128,7 +138,8 @@ impl<'a> Reader<'a> {
             .unwrap_or(text.len());
         let (name, rest) = text.split_at(end);
         self.rest = rest;
-        name.starts_with(|c: char| c.is_alphabetic() || c == '_').then_some(name)
+        name.starts_with(|c: char| c.is_alphabetic() || c == '_')
+            .then_some(name)
     }
 
     /// `name(argument=value, …)`; only keyword arguments say what they are.
@@ -257,7 +268,9 @@ impl<'a> Reader<'a> {
             .char_indices()
             .find(|&(place, c)| {
                 let sign_of_exponent = place > 0 && self.rest[..place].ends_with(['e', 'E']);
-                !(c.is_ascii_digit() || "._eE".contains(c) || "+-".contains(c) && (place == 0 || sign_of_exponent))
+                !(c.is_ascii_digit()
+                    || "._eE".contains(c)
+                    || "+-".contains(c) && (place == 0 || sign_of_exponent))
             })
             .map_or(self.rest.len(), |(place, _)| place);
         let (text, rest) = self.rest.split_at(end);
@@ -282,7 +295,11 @@ mod tests {
 
     fn calls(text: &str) -> Option<Value> {
         let calls = calls_in(text)?.into_iter();
-        Some(calls.map(|call| json!([call.name, call.arguments])).collect())
+        Some(
+            calls
+                .map(|call| json!([call.name, call.arguments]))
+                .collect(),
+        )
     }
 
     #[test]
@@ -346,7 +363,8 @@ mod tests {
 
     #[test]
     fn python_values() {
-        let value = |text: &str| calls(&format!("f(x={text})")).map(|calls| calls[0][1]["x"].clone());
+        let value =
+            |text: &str| calls(&format!("f(x={text})")).map(|calls| calls[0][1]["x"].clone());
         for (text, expected) in [
             ("-5", json!(-5)),
             ("1_000", json!(1000)),
@@ -361,13 +379,18 @@ mod tests {
             ("(1, 2)", json!([1, 2])),
             ("(1,)", json!([1])),
             ("(1)", json!(1)),
-            ("{'a': {1: False}, \"b\": [],}", json!({"a": {"1": false}, "b": []})),
+            (
+                "{'a': {1: False}, \"b\": [],}",
+                json!({"a": {"1": false}, "b": []}),
+            ),
             ("user_input", json!("user_input")),
             ("'(, = )'", json!("(, = )")),
         ] {
             assert_eq!(value(text), Some(expected), "{text}");
         }
-        for text in ["", "5 * 3", "3rd", "'open", "[1", "{1}", "{'a' 1}", "--5", "1e999"] {
+        for text in [
+            "", "5 * 3", "3rd", "'open", "[1", "{1}", "{'a' 1}", "--5", "1e999",
+        ] {
             assert_eq!(value(text), None, "{text}");
         }
     }

@@ -53,10 +53,12 @@ impl Calls {
         if values.iter().all(Value::is_string) {
             let calls: Option<Vec<Call>> = values
                 .iter()
-                .map(|value| match &calls_in(value.as_str().unwrap_or_default())?[..] {
-                    [call] => Some(call.clone()),
-                    _ => None,
-                })
+                .map(
+                    |value| match &calls_in(value.as_str().unwrap_or_default())?[..] {
+                        [call] => Some(call.clone()),
+                        _ => None,
+                    },
+                )
                 .collect();
             let calls = calls.ok_or("the right calls are no calls in Python's syntax")?;
             return Ok(Calls {
@@ -112,10 +114,13 @@ fn accepted_call(value: &Value) -> Option<AcceptedCall> {
     let fields = value.as_object().filter(|fields| fields.len() == 1)?;
     let (name, arguments) = fields.iter().next()?;
     let arguments = arguments.as_object()?;
-    arguments.values().all(Value::is_array).then(|| AcceptedCall {
-        name: name.clone(),
-        arguments: arguments.clone(),
-    })
+    arguments
+        .values()
+        .all(Value::is_array)
+        .then(|| AcceptedCall {
+            name: name.clone(),
+            arguments: arguments.clone(),
+        })
 }
 
 /// Whether each call has an expected one of its own.
@@ -127,9 +132,18 @@ fn pairs<T>(calls: &[Call], expected: &[T], fits: impl Fn(&Call, &T) -> bool) ->
     let mut taken: Vec<Option<usize>> = vec![None; expected.len()];
     let fitting: Vec<Vec<usize>> = calls
         .iter()
-        .map(|call| (0..expected.len()).filter(|&e| fits(call, &expected[e])).collect())
+        .map(|call| {
+            (0..expected.len())
+                .filter(|&e| fits(call, &expected[e]))
+                .collect()
+        })
         .collect();
-    fn place(call: usize, fitting: &[Vec<usize>], taken: &mut [Option<usize>], seen: &mut [bool]) -> bool {
+    fn place(
+        call: usize,
+        fitting: &[Vec<usize>],
+        taken: &mut [Option<usize>],
+        seen: &mut [bool],
+    ) -> bool {
         for &e in &fitting[call] {
             if std::mem::replace(&mut seen[e], true) {
                 continue;
@@ -173,9 +187,8 @@ fn same_value(a: &Value, b: &Value, depth: usize) -> bool {
         }
         (Value::Object(a), Value::Object(b)) => {
             a.len() == b.len()
-                && a.iter().all(|(name, a)| {
-                    b.get(name).is_some_and(|b| same_value(a, b, depth + 1))
-                })
+                && a.iter()
+                    .all(|(name, a)| b.get(name).is_some_and(|b| same_value(a, b, depth + 1)))
         }
         (a, b) => a == b,
     }
@@ -189,16 +202,24 @@ impl AcceptedCall {
 }
 
 /// Fields each of which must have one of the accepted values; those that accept `""` may be missing.
-fn accepted_fields(fields: &Map<String, Value>, accepted: &Map<String, Value>, depth: usize) -> bool {
+fn accepted_fields(
+    fields: &Map<String, Value>,
+    accepted: &Map<String, Value>,
+    depth: usize,
+) -> bool {
     let listed = |name: &str| accepted.get(name).and_then(Value::as_array);
     depth < DEPTH
         && fields.iter().all(|(name, value)| {
             listed(name).is_some_and(|values| {
-                values.iter().any(|accepted| accepts(value, accepted, depth + 1))
+                values
+                    .iter()
+                    .any(|accepted| accepts(value, accepted, depth + 1))
             })
         })
         && accepted.iter().all(|(name, values)| {
-            let optional = values.as_array().is_some_and(|values| values.contains(&json!("")));
+            let optional = values
+                .as_array()
+                .is_some_and(|values| values.contains(&json!("")));
             optional || fields.contains_key(name)
         })
 }
@@ -210,7 +231,10 @@ fn accepts(value: &Value, accepted: &Value, depth: usize) -> bool {
         (Value::Array(values), Value::Array(accepted)) => {
             depth < DEPTH
                 && values.len() == accepted.len()
-                && values.iter().zip(accepted).all(|(v, a)| accepts(v, a, depth + 1))
+                && values
+                    .iter()
+                    .zip(accepted)
+                    .all(|(v, a)| accepts(v, a, depth + 1))
         }
         (Value::Object(fields), Value::Object(accepted))
             if accepted.values().all(Value::is_array) =>
@@ -238,7 +262,10 @@ fn canonical(value: &Value, depth: usize) -> Value {
             Some(x) if x.fract() == 0.0 && x.abs() < 9e15 => json!(x as i64),
             _ => value.clone(),
         },
-        Value::Array(values) => values.iter().map(|value| canonical(value, depth + 1)).collect(),
+        Value::Array(values) => values
+            .iter()
+            .map(|value| canonical(value, depth + 1))
+            .collect(),
         Value::Object(fields) => {
             let mut names: Vec<&String> = fields.keys().collect();
             names.sort();
@@ -345,9 +372,17 @@ mod tests {
         );
         // Parallel: two calls of which one would take either place.
         let line = json!({"ground_truth": [{"f": {"x": [1, 2]}}, {"f": {"x": [1]}}]});
-        check(line, &["[f(x=1), f(x=2)]", "[f(x=2), f(x=1)]", "[f(x=1), f(x=1)]"], &["[f(x=2), f(x=2)]"]);
+        check(
+            line,
+            &["[f(x=1), f(x=2)]", "[f(x=2), f(x=1)]", "[f(x=1), f(x=1)]"],
+            &["[f(x=2), f(x=2)]"],
+        );
         // Irrelevance: right is to call nothing.
-        check(json!({"ground_truth": []}), &["There is no function for that.", ""], &["[f(x=1)]"]);
+        check(
+            json!({"ground_truth": []}),
+            &["There is no function for that.", ""],
+            &["[f(x=1)]"],
+        );
         // Executable: calls in Python's syntax.
         check(
             json!({"ground_truth": ["calc(n=20, p=0.6)"]}),
@@ -365,7 +400,10 @@ mod tests {
             answer("[f(b=2.0, a='x'), a.g()]").as_deref(),
             Some(r#"[{"name":"a_g","arguments":{}},{"name":"f","arguments":{"a":"x","b":2}}]"#)
         );
-        assert_eq!(answer("[f(b=2.0, a='x'), a.g()]"), answer("a_g() f(a=\"x\", b=2)"));
+        assert_eq!(
+            answer("[f(b=2.0, a='x'), a.g()]"),
+            answer("a_g() f(a=\"x\", b=2)")
+        );
         assert_eq!(answer("none"), None);
     }
 
@@ -375,7 +413,10 @@ mod tests {
             (json!({"query": "q"}), "no right calls"),
             (json!({"answers": "[{"}), "no JSON"),
             (json!({"reference": [1]}), "must be a list of"),
-            (json!({"ground_truth": [{"f": {"x": 1}}]}), "must be a list of"),
+            (
+                json!({"ground_truth": [{"f": {"x": 1}}]}),
+                "must be a list of",
+            ),
             (json!({"ground_truth": ["f(1"]}), "Python's syntax"),
         ] {
             let error = Calls::from_fields(line.as_object().unwrap()).err().unwrap();
