@@ -27,6 +27,8 @@ use crate::tasks::whole_file::{TEMPORARY_PREFIX, WholeFile, WriteError};
 /// A shard is full once its features have as many bytes: small enough to be assembled in memory,
 /// large enough that a collection has few files.
 const SHARD_BYTES: usize = 32 << 20;
+/// Another size of shards, for tests.
+const SHARD_VARIABLE: &str = "PODIUM_SHARD_BYTES";
 /// How often what was written is brought to the disk: at most so much work goes with the power.
 const SYNC_EVERY: Duration = Duration::from_secs(2);
 const DIGEST_BYTES: usize = 32;
@@ -56,7 +58,9 @@ impl CollectionWriter {
     /// Where the folder is being written by another process, holds something else or a collection
     /// of other settings, or cannot be written to.
     pub fn open(folder: &Path, info: CollectionInfo) -> Result<CollectionWriter, CollectionError> {
-        CollectionWriter::with_shards_of(folder, info, SHARD_BYTES)
+        let bytes = std::env::var(SHARD_VARIABLE).ok();
+        let bytes = bytes.and_then(|bytes| bytes.parse().ok());
+        CollectionWriter::with_shards_of(folder, info, bytes.unwrap_or(SHARD_BYTES))
     }
 
     pub(super) fn with_shards_of(

@@ -84,9 +84,7 @@ impl Calls {
 
     fn right(&self, calls: &[Call]) -> bool {
         match &self.expected {
-            Expected::Exact(expected) => {
-                pairs(calls, expected, |call, expected| same_call(call, expected))
-            }
+            Expected::Exact(expected) => pairs(calls, expected, same_call),
             Expected::Accepted(expected) => {
                 pairs(calls, expected, |call, expected| expected.accepts(call))
             }

@@ -168,7 +168,7 @@ impl Choice {
         let letters = words.filter(|word| word.len() == 1 && *word != "A" && *word != "I");
         let capital =
             letters.filter_map(|word| word.chars().next().filter(char::is_ascii_uppercase));
-        capital.filter_map(|word| self.letter_of(word)).last()
+        capital.filter_map(|word| self.letter_of(word)).next_back()
     }
 }
 
