@@ -229,11 +229,12 @@ fn a_child_does_not_outlive_its_program() {
 #[test]
 fn an_endless_loop_ends() {
     everywhere("while True: pass", |_, ending, _| {
-        assert!(matches!(ending, Ending::Exited(s) if s > 128))
+        assert!(matches!(ending, Ending::Exited(129..) | Ending::TimedOut))
     });
     let catches = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass";
     everywhere(catches, |_, ending, _| {
-        assert_eq!(ending, Ending::Exited(128 + 9))
+        // On a machine that is busy, time may be up first.
+        assert!(matches!(ending, Ending::Exited(137) | Ending::TimedOut))
     });
     let nested = "x = list(range(10**7))\nwhile True: x.sort(key=lambda i: -i)";
     everywhere(nested, |_, ending, _| assert_ne!(ending, Ending::Exited(0)));

@@ -84,11 +84,13 @@ fn call_in_json(value: &Value) -> Option<Call> {
         .get("name")
         .or_else(|| fields.get("function"))?
         .as_str()?;
-    let arguments = match fields.get("arguments").or_else(|| fields.get("parameters")) {
-        None | Some(Value::Null) => Map::new(),
-        Some(Value::Object(arguments)) => arguments.clone(),
-        Some(Value::String(text)) => serde_json::from_str(text).ok()?,
-        Some(_) => return None,
+    // An object that only has a name is somebody's argument.
+    let arguments = fields.get("arguments").or_else(|| fields.get("parameters"));
+    let arguments = match arguments? {
+        Value::Null => Map::new(),
+        Value::Object(arguments) => arguments.clone(),
+        Value::String(text) => serde_json::from_str(text).ok()?,
+        _ => return None,
     };
     Some(Call {
         name: name.to_string(),

@@ -133,8 +133,7 @@ fn parts_of_matrix(text: &str) -> Option<Parts<'_>> {
     let (inside, _) = inside.rsplit_once("\\end{")?;
     let rows: Vec<Vec<&str>> = inside
         .trim()
-        .trim_end_matches("\\\\")
-        .split("\\\\")
+        .split('\n')
         .map(|row| row.split('&').collect())
         .collect();
     let shape: Vec<usize> = rows.iter().map(Vec::len).collect();
@@ -220,6 +219,9 @@ fn at_commas(text: &str) -> Option<Vec<&str>> {
 fn bare(answer: &str) -> String {
     let mut text = answer.trim().to_string();
     for (latex, plain) in [
+        ("\n", " "),
+        // The end of a matrix's row, before spaces are looked for.
+        ("\\\\", "\n"),
         ("\\left", ""),
         ("\\right", ""),
         ("\\!", ""),
@@ -325,8 +327,9 @@ fn only_number(text: &str) -> Option<&str> {
         return None;
     }
     let begin = text.find(number)?;
-    // A name such as x2 holds no number.
-    if text[..begin].ends_with(|c: char| c.is_alphanumeric() || c == '_') {
+    // A name such as x2 or x_{2} holds no number.
+    let before = text[..begin].trim_end_matches(['{', '(']);
+    if before.ends_with(|c: char| c.is_alphanumeric() || "_^".contains(c)) {
         return None;
     }
     let negative = text[..begin].ends_with('-');
