@@ -9,6 +9,9 @@ use crate::model::forward::LoadError;
 use crate::model::text::TextError;
 use crate::ranker::{RankerError, RankerFileError};
 use crate::tasks::candidates::CandidateFileError;
+use crate::tasks::collection::CollectionError;
+use crate::tasks::data::DataError;
+use crate::tasks::verify::VerifyError;
 use crate::tasks::whole_file::WriteError;
 
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +44,12 @@ pub enum CliError {
     Backend(#[from] BackendError),
     #[error(transparent)]
     Candidates(#[from] CandidateFileError),
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Collection(#[from] CollectionError),
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     #[error(transparent)]
     Write(#[from] WriteError),
     #[error("cannot write to standard output: {0}")]

@@ -5,6 +5,7 @@
 
 mod batch;
 mod bench;
+mod collect;
 mod devices;
 mod error;
 mod features;
@@ -40,6 +41,7 @@ enum Command {
     Generate(generate::GenerateOptions),
     Score(score::ScoreOptions),
     Features(features::FeaturesOptions),
+    Collect(collect::CollectOptions),
     Bench(bench::BenchOptions),
     Devices(devices::DevicesOptions),
 }
@@ -54,6 +56,7 @@ pub fn main() -> ExitCode {
         Command::Generate(options) => generate::run(&global, options),
         Command::Score(options) => score::run(&global, options),
         Command::Features(options) => features::run(&global, options),
+        Command::Collect(options) => collect::run(&global, options),
         Command::Bench(options) => bench::run(&global, options),
         Command::Devices(options) => devices::run(&global, options),
     };
