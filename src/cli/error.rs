@@ -7,8 +7,13 @@ use crate::engine::EngineError;
 use crate::model::error::ModelError;
 use crate::model::forward::LoadError;
 use crate::model::text::TextError;
+use crate::eval::EvalError;
+use crate::eval::plot::PlotError;
+use crate::ranker::train::TrainError;
 use crate::ranker::{RankerError, RankerFileError};
 use crate::tasks::candidates::CandidateFileError;
+use crate::tasks::collection::CollectionError;
+use crate::tasks::training::TrainingDataError;
 use crate::tasks::whole_file::WriteError;
 
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +47,16 @@ pub enum CliError {
     #[error(transparent)]
     Candidates(#[from] CandidateFileError),
     #[error(transparent)]
+    Collection(#[from] CollectionError),
+    #[error(transparent)]
+    TrainingData(#[from] TrainingDataError),
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    #[error(transparent)]
+    Eval(#[from] EvalError),
+    #[error(transparent)]
+    Plot(#[from] PlotError),
+    #[error(transparent)]
     Write(#[from] WriteError),
     #[error("cannot write to standard output: {0}")]
     Stdout(#[from] io::Error),
@@ -52,6 +67,7 @@ impl CliError {
     pub fn exit_status(&self) -> u8 {
         match self {
             CliError::Usage(_) => 2,
+            CliError::Train(TrainError::Options(_)) | CliError::Plot(PlotError::Extension { .. }) => 2,
             CliError::Engine(
                 EngineError::Candidates { .. }
                 | EngineError::NoTokens

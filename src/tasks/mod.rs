@@ -3,4 +3,5 @@
 pub mod candidates;
 pub mod collection;
 pub mod feature_file;
+pub mod training;
 pub mod whole_file;

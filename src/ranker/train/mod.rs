@@ -414,7 +414,7 @@ impl<'a> Trainer<'a> {
         }
         let (of_features, of_extra) = projection.split_at_mut(self.layout.hidden_size * width);
         // Blocks of a small hidden size are smaller, so that every thread has several.
-        let block_len = BLOCK.min((self.layout.hidden_size / 8).next_multiple_of(LANES));
+        let block_len = BLOCK.min(self.layout.hidden_size.div_ceil(8).next_multiple_of(LANES));
         of_features
             .par_chunks_mut(block_len * width)
             .enumerate()
