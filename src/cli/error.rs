@@ -4,11 +4,11 @@ use std::io;
 
 use crate::backend::BackendError;
 use crate::engine::EngineError;
+use crate::eval::EvalError;
+use crate::eval::plot::PlotError;
 use crate::model::error::ModelError;
 use crate::model::forward::LoadError;
 use crate::model::text::TextError;
-use crate::eval::EvalError;
-use crate::eval::plot::PlotError;
 use crate::ranker::train::TrainError;
 use crate::ranker::{RankerError, RankerFileError};
 use crate::tasks::candidates::CandidateFileError;
@@ -67,7 +67,8 @@ impl CliError {
     pub fn exit_status(&self) -> u8 {
         match self {
             CliError::Usage(_) => 2,
-            CliError::Train(TrainError::Options(_)) | CliError::Plot(PlotError::Extension { .. }) => 2,
+            CliError::Train(TrainError::Options(_))
+            | CliError::Plot(PlotError::Extension { .. }) => 2,
             CliError::Engine(
                 EngineError::Candidates { .. }
                 | EngineError::NoTokens

@@ -44,7 +44,12 @@ pub struct EvalCommand {
     #[arg(long, value_name = "FILE")]
     pub plot: Vec<PathBuf>,
 
-    #[arg(long, value_name = "SEED", default_value = "0", help = "Of subsets and resamples")]
+    #[arg(
+        long,
+        value_name = "SEED",
+        default_value = "0",
+        help = "Of subsets and resamples"
+    )]
     pub seed: u64,
 }
 
@@ -55,7 +60,10 @@ pub fn run(global: &GlobalOptions, command: &EvalCommand) -> Result<(), CliError
         return Err(CliError::Usage(problem.into()));
     }
     let open = |folders: &[PathBuf]| -> Result<Vec<Collection>, CliError> {
-        Ok(folders.iter().map(|folder| Collection::open(folder)).collect::<Result<_, _>>()?)
+        Ok(folders
+            .iter()
+            .map(|folder| Collection::open(folder))
+            .collect::<Result<_, _>>()?)
     };
     let collections = open(&command.collections)?;
     let training = open(&command.train)?;
@@ -96,7 +104,10 @@ pub fn run(global: &GlobalOptions, command: &EvalCommand) -> Result<(), CliError
 }
 
 /// Rankers by name: their own, or their file's where two have the same.
-fn rankers(command: &EvalCommand, collections: &[Collection]) -> Result<Vec<NamedRanker>, CliError> {
+fn rankers(
+    command: &EvalCommand,
+    collections: &[Collection],
+) -> Result<Vec<NamedRanker>, CliError> {
     let fingerprint = &collections[0].info.fingerprint;
     let mut named: Vec<NamedRanker> = Vec::new();
     for given in &command.ranker {
@@ -150,7 +161,11 @@ fn print_transfer(to: &mut impl Write, transfer: &Transfer) -> io::Result<()> {
     for collection in &transfer.collections {
         write!(to, " {collection} |")?;
     }
-    writeln!(to, "\n| --- |{}", " --- |".repeat(transfer.collections.len()))?;
+    writeln!(
+        to,
+        "\n| --- |{}",
+        " --- |".repeat(transfer.collections.len())
+    )?;
     for (ranker, accuracies) in &transfer.rankers {
         write!(to, "| {ranker} |")?;
         for accuracy in accuracies {
@@ -167,9 +182,12 @@ fn chart(evaluation: &Evaluation, rankers: &[NamedRanker]) -> Chart {
         ns.zip(values.iter().copied()).collect()
     };
     let is_ranker = |name: &str| rankers.iter().any(|ranker| ranker.name == name);
-    let mut series: Vec<Series> = evaluation
+    // Weighted majorities lie close to their rankers; the table has them.
+    let drawn = evaluation
         .curves
         .iter()
+        .filter(|curve| !curve.strategy.starts_with("majority weighted"));
+    let mut series: Vec<Series> = drawn
         .map(|curve| {
             let is_ranker = is_ranker(&curve.strategy);
             let bounds = of_ns(&curve.low).into_iter().zip(&curve.high);

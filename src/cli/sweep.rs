@@ -91,7 +91,11 @@ impl FromStr for Sweep {
         fn parse<T: FromStr>(values: &str) -> Result<Vec<T>, String> {
             values
                 .split(',')
-                .map(|value| value.parse().map_err(|_| format!("`{value}` is no value for it")))
+                .map(|value| {
+                    value
+                        .parse()
+                        .map_err(|_| format!("`{value}` is no value for it"))
+                })
                 .collect()
         }
         match name {

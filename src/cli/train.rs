@@ -31,8 +31,9 @@ Examples:
 Some of the items are held out, and the ranker of the epoch that does best on them is kept. A run
 that was stopped goes on with --resume, and ends with the same file as one that was not.";
 
-/// Time between two checkpoints, at least.
-const CHECKPOINT_EVERY: Duration = Duration::from_secs(2);
+/// Training goes on so many times as long as the last checkpoint took before the next is made: they
+/// cost a twentieth of the time.
+const CHECKPOINT_SHARE: u32 = 20;
 
 /// Train a ranker on collected candidates
 #[derive(Args, Clone, Debug)]
@@ -119,7 +120,12 @@ pub struct TrainCommand {
     #[arg(long, value_name = "NAME", value_enum, value_delimiter = ',')]
     pub extra_inputs: Option<Vec<ExtraInputChoice>>,
 
-    #[arg(long, value_name = "SEED", default_value = "0", help = "Of everything that is random")]
+    #[arg(
+        long,
+        value_name = "SEED",
+        default_value = "0",
+        help = "Of everything that is random"
+    )]
     pub seed: u64,
 
     /// Train one ranker for each combination of values, and keep the best: layer, learning-rate,
@@ -254,11 +260,22 @@ pub fn run(global: &GlobalOptions, command: &TrainCommand) -> Result<(), CliErro
         let checkpoint = checkpoint_path(&command.output, index);
         let progress = Progress::new("training", Some(run.options.epochs as u64), Unit::Items);
         let outcome = pool.install(|| {
-            train(command, run, &collections, init.as_ref(), &checkpoint, &progress)
+            train(
+                command,
+                run,
+                &collections,
+                init.as_ref(),
+                &checkpoint,
+                &progress,
+            )
         })?;
         drop(progress);
         if count > 1 {
-            let said = outcome.run.values.iter().map(|(name, value)| format!("{name} {value}"));
+            let said = outcome
+                .run
+                .values
+                .iter()
+                .map(|(name, value)| format!("{name} {value}"));
             let said: Vec<String> = said.collect();
             eprintln!("{}: {}", said.join(", "), shown(&outcome.best));
         }
@@ -303,7 +320,10 @@ impl TrainCommand {
         set(&mut options.batch, self.batch);
         set(&mut options.dropout, self.dropout);
         set(&mut options.validation, self.validation);
-        set(&mut options.group_size, self.group_size.map(|size| (size.0, size.1)));
+        set(
+            &mut options.group_size,
+            self.group_size.map(|size| (size.0, size.1)),
+        );
         let loss = self.loss.map(|loss| match loss {
             LossChoice::Listwise => Loss::Listwise,
             LossChoice::Pointwise => Loss::Pointwise,
@@ -341,9 +361,13 @@ impl TrainCommand {
         {
             let said = serde_json::to_value(&*options).unwrap_or_default();
             config.training = said.as_object().cloned().unwrap_or_default();
-            config.training.insert("collections".into(), data.clone().into());
+            config
+                .training
+                .insert("collections".into(), data.clone().into());
             if let Some(init) = init {
-                config.training.insert("init".into(), init.config().name.clone().into());
+                config
+                    .training
+                    .insert("init".into(), init.config().name.clone().into());
             }
         }
         Ok(runs)
@@ -355,7 +379,11 @@ impl TrainCommand {
         init: Option<&Ranker>,
     ) -> Result<RankerConfig, CliError> {
         let info = training::check_models(collections)?;
-        let stem = self.output.file_stem().unwrap_or_default().to_string_lossy();
+        let stem = self
+            .output
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy();
         let name = self.name.clone().unwrap_or_else(|| stem.into_owned());
         if let Some(init) = init {
             init.check_model(&info.fingerprint, info.hidden_size, info.layers)?;
@@ -375,7 +403,9 @@ impl TrainCommand {
             }
             None => Vec::new(),
             Some(given) if given.contains(&ExtraInputChoice::None) && given.len() > 1 => {
-                return Err(CliError::Usage("--extra-inputs: none goes with nothing else".into()));
+                return Err(CliError::Usage(
+                    "--extra-inputs: none goes with nothing else".into(),
+                ));
             }
             Some(given) => given
                 .iter()
@@ -422,9 +452,13 @@ impl TrainCommand {
         }
         let wanted = LayerChoice::Fraction(0.6).index(layers);
         let common = training::common_layers(collections);
-        let closest = common.into_iter().min_by_key(|layer| layer.abs_diff(wanted));
+        let closest = common
+            .into_iter()
+            .min_by_key(|layer| layer.abs_diff(wanted));
         closest.ok_or_else(|| {
-            CliError::Failed("the collections have no layer in common: collect one of them again".into())
+            CliError::Failed(
+                "the collections have no layer in common: collect one of them again".into(),
+            )
         })
     }
 }
@@ -461,17 +495,26 @@ fn train(
     let mut trainer = Trainer::new(config.clone(), options.clone(), groups, init)?;
     if command.resume && checkpoint.exists() {
         let refuse = |problem: String| {
-            CliError::Failed(format!("cannot go on from {}: {problem}", checkpoint.display()))
+            CliError::Failed(format!(
+                "cannot go on from {}: {problem}",
+                checkpoint.display()
+            ))
         };
         let bytes = std::fs::read(checkpoint).map_err(|error| refuse(error.to_string()))?;
-        trainer.restore(&bytes).map_err(|error| refuse(error.to_string()))?;
+        trainer
+            .restore(&bytes)
+            .map_err(|error| refuse(error.to_string()))?;
         progress.advance(trainer.history().len() as u64);
     }
     let keep = |trainer: &Trainer| -> Result<(), CliError> {
         let bytes = trainer.to_checkpoint();
-        save(checkpoint, &bytes.map_err(|error| CliError::Failed(error.to_string()))?)
+        save(
+            checkpoint,
+            &bytes.map_err(|error| CliError::Failed(error.to_string()))?,
+        )
     };
-    let mut kept = Instant::now();
+    let mut since = Instant::now();
+    let mut took = Duration::ZERO;
     while !trainer.is_done() {
         if interrupt::interrupted() {
             keep(&trainer)?;
@@ -485,9 +528,11 @@ fn train(
         progress.advance(1);
         let best = trainer.best_epoch().map(shown).unwrap_or_default();
         progress.note(format!("loss {:.4}, best: {best}", epoch.loss));
-        if kept.elapsed() >= CHECKPOINT_EVERY {
+        if since.elapsed() >= CHECKPOINT_SHARE * took {
+            let started = Instant::now();
             keep(&trainer)?;
-            kept = Instant::now();
+            since = Instant::now();
+            took = since - started;
         }
     }
     keep(&trainer)?;
@@ -497,7 +542,9 @@ fn train(
     let groups = trainer.group_counts();
     let mut config = trainer.config().clone();
     config.training.insert("items".into(), groups.0.into());
-    config.training.insert("held_out_items".into(), groups.1.into());
+    config
+        .training
+        .insert("held_out_items".into(), groups.1.into());
     config.metrics = [
         ("best_epoch", json!(best.epoch)),
         ("loss", json!(best.loss)),
@@ -528,14 +575,19 @@ fn better(a: &Epoch, b: &Epoch) -> bool {
 /// An epoch in a few words.
 fn shown(epoch: &Epoch) -> String {
     match epoch.validation_accuracy {
-        Some(accuracy) => format!("accuracy {accuracy:.4} on held-out items in epoch {}", epoch.epoch),
+        Some(accuracy) => {
+            let epoch = epoch.epoch;
+            format!("mean accuracy {accuracy:.4} over N on held-out items in epoch {epoch}")
+        }
         None => format!("loss {:.4} in epoch {}", epoch.loss, epoch.epoch),
     }
 }
 
 fn draw_losses(path: &Path, history: &[Epoch]) -> Result<(), CliError> {
     let series = |name: &str, of: fn(&Epoch) -> Option<f64>| {
-        let points = history.iter().filter_map(|epoch| Some((epoch.epoch as f64, of(epoch)?)));
+        let points = history
+            .iter()
+            .filter_map(|epoch| Some((epoch.epoch as f64, of(epoch)?)));
         Series::line(name, points.collect())
     };
     let mut all = vec![series("training", |epoch| Some(epoch.loss))];

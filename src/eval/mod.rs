@@ -28,12 +28,15 @@ pub enum EvalError {
     #[error(transparent)]
     Data(#[from] TrainingDataError),
     #[error("{folder}: {source}")]
-    Ranker { folder: String, source: RankerError },
+    Ranker {
+        folder: String,
+        source: Box<RankerError>,
+    },
     #[error("{folder}, item {item}: {source}")]
     Item {
         folder: String,
         item: String,
-        source: RankerError,
+        source: Box<RankerError>,
     },
     #[error("{folder}: every one of its {items} items occurs in the training collections")]
     AllSeen { folder: String, items: usize },
@@ -138,7 +141,9 @@ pub fn evaluate(
         let areas = of_items().filter_map(|(&item, scores)| auc(scores, &all[item].labels));
         Rows {
             strategy: strategy.to_string(),
-            values: of_items().map(|(&item, scores)| pool(item).best_by(scores, &ns)).collect(),
+            values: of_items()
+                .map(|(&item, scores)| pool(item).best_by(scores, &ns))
+                .collect(),
             auc: mean(areas),
         }
     };
@@ -159,7 +164,9 @@ pub fn evaluate(
                     })
                 })
                 .collect::<Result<_, EvalError>>()?,
-            _ => of_items().map(|(&item, scores)| pool(item).best_by(scores, &ns)).collect(),
+            _ => of_items()
+                .map(|(&item, scores)| pool(item).best_by(scores, &ns))
+                .collect(),
         };
         let areas = items.iter().zip(&ranked.scores);
         table.push(Rows {
@@ -197,7 +204,11 @@ pub fn evaluate(
             known.flat_map(|item| item.answers.iter().zip(item.labels.iter().copied())),
         );
         table.push(by_score("answer prior", &|item| {
-            all[item].answers.iter().map(|answer| prior.score(answer)).collect()
+            all[item]
+                .answers
+                .iter()
+                .map(|answer| prior.score(answer))
+                .collect()
         }));
     }
     Ok(Evaluation {
@@ -206,14 +217,19 @@ pub fn evaluate(
         model: info.model.clone(),
         items: items.len(),
         seen_in_training: seen.len(),
-        curves: table.par_iter().map(|rows| curve(rows, ns.len(), seed)).collect(),
+        curves: table
+            .par_iter()
+            .map(|rows| curve(rows, ns.len(), seed))
+            .collect(),
         n: ns,
     })
 }
 
 /// Whether answers mean anything here.
 fn has_answers(items: &[usize], collection: &Collection) -> bool {
-    let mut answers = items.iter().flat_map(|&item| &collection.items()[item].answers);
+    let mut answers = items
+        .iter()
+        .flat_map(|&item| &collection.items()[item].answers);
     answers.any(Option::is_some)
 }
 
@@ -241,7 +257,7 @@ impl<'a> Ranked<'a> {
             .check_model(&info.fingerprint, info.hidden_size, info.layers)
             .map_err(|source| EvalError::Ranker {
                 folder: collection.folder().display().to_string(),
-                source,
+                source: Box::new(source),
             })?;
         let mut ranked = Ranked {
             collection,
@@ -265,14 +281,17 @@ impl<'a> Ranked<'a> {
         let extra = training::extra_inputs(self.collection, item, &config.extra_inputs)?;
         let extra: Vec<_> = candidates.iter().map(|&i| extra[i]).collect();
         let rows = layer.candidates(item);
-        let features: Vec<f32> = candidates.iter().flat_map(|&i| rows.row(i).to_vec()).collect();
+        let features: Vec<f32> = candidates
+            .iter()
+            .flat_map(|&i| rows.row(i).to_vec())
+            .collect();
         let prompt = layer.prompt(item).to_vec();
         self.ranker
             .score(&prompt, &features, &extra)
             .map_err(|source| EvalError::Item {
                 folder: self.collection.folder().display().to_string(),
                 item: self.collection.items()[item].id.to_string(),
-                source,
+                source: Box::new(source),
             })
     }
 }

@@ -116,7 +116,8 @@ impl Chart {
             }
         };
         let mut file = WholeFile::create(path)?;
-        file.write_all(&bytes).map_err(|source| file.error(source))?;
+        file.write_all(&bytes)
+            .map_err(|source| file.error(source))?;
         Ok(file.finish()?)
     }
 
@@ -137,7 +138,10 @@ impl Chart {
         let x_range = range(points().map(|(x, _)| position(*x)), 0.0);
         let bands = self.series.iter().flat_map(|series| &series.band);
         let heights = points().map(|(_, y)| *y);
-        let y_range = range(heights.chain(bands.flat_map(|(_, low, high)| [*low, *high])), 0.05);
+        let y_range = range(
+            heights.chain(bands.flat_map(|(_, low, high)| [*low, *high])),
+            0.05,
+        );
         let mut chart = ChartBuilder::on(area)
             .margin(px(16.0))
             .caption(&self.title, font(20.0))
@@ -168,18 +172,32 @@ impl Chart {
             .draw()?;
         for (index, series) in self.series.iter().enumerate() {
             let color = COLORS[index % COLORS.len()];
-            let (width, opacity) = if series.is_reference { (1.5, 0.75) } else { (3.0, 1.0) };
+            let (width, opacity) = if series.is_reference {
+                (1.5, 0.75)
+            } else {
+                (3.0, 1.0)
+            };
             let style = color.mix(opacity).stroke_width(px(width) as u32);
             let above = series.band.iter().map(|(x, _, high)| (position(*x), *high));
-            let below = series.band.iter().rev().map(|(x, low, _)| (position(*x), *low));
+            let below = series
+                .band
+                .iter()
+                .rev()
+                .map(|(x, low, _)| (position(*x), *low));
             let band: Vec<(f64, f64)> = above.chain(below).collect();
             if !band.is_empty() {
                 chart.draw_series([Polygon::new(band, color.mix(0.12))])?;
             }
-            let line: Vec<(f64, f64)> =
-                series.points.iter().map(|(x, y)| (position(*x), *y)).collect();
+            let line: Vec<(f64, f64)> = series
+                .points
+                .iter()
+                .map(|(x, y)| (position(*x), *y))
+                .collect();
             let marks: Vec<_> = match line.len() <= 24 {
-                true => line.iter().map(|&at| Circle::new(at, px(width + 0.5), style.filled())).collect(),
+                true => line
+                    .iter()
+                    .map(|&at| Circle::new(at, px(width + 0.5), style.filled()))
+                    .collect(),
                 false => Vec::new(),
             };
             chart
@@ -205,7 +223,9 @@ impl Chart {
 fn range(values: impl Iterator<Item = f64>, room: f64) -> Range<f64> {
     let (low, high) = values
         .filter(|value| value.is_finite())
-        .fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)));
+        .fold((f64::MAX, f64::MIN), |(low, high), value| {
+            (low.min(value), high.max(value))
+        });
     if low > high {
         return 0.0..1.0;
     }
@@ -274,7 +294,12 @@ mod tests {
 
     #[test]
     fn other_forms_are_refused() {
-        let error = check_paths(&["x.svg".into(), "x.jpg".into()]).unwrap_err().to_string();
-        assert_eq!(error, "x.jpg: give a plot a name that ends with .svg or .png");
+        let error = check_paths(&["x.svg".into(), "x.jpg".into()])
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            "x.jpg: give a plot a name that ends with .svg or .png"
+        );
     }
 }

@@ -40,7 +40,9 @@ impl Pool<'_> {
         seed: u64,
         mut value: impl FnMut(&[usize]) -> f64,
     ) -> Vec<f64> {
-        let orders: Vec<Vec<usize>> = (0..SUBSETS).map(|sample| self.order(sample, seed)).collect();
+        let orders: Vec<Vec<usize>> = (0..SUBSETS)
+            .map(|sample| self.order(sample, seed))
+            .collect();
         ns.iter()
             .map(|&n| {
                 if n == 1 {
@@ -101,7 +103,10 @@ impl Pool<'_> {
     /// subset's scores gives it.
     pub fn weighted_majority(&self, scores: &[f32], ns: &[usize], seed: u64) -> Vec<f64> {
         self.over_subsets(ns, seed, |subset| {
-            let largest = subset.iter().map(|&i| scores[i]).fold(f32::NEG_INFINITY, f32::max);
+            let largest = subset
+                .iter()
+                .map(|&i| scores[i])
+                .fold(f32::NEG_INFINITY, f32::max);
             self.elected(subset, |i| f64::from(scores[i] - largest).exp())
         })
     }
@@ -131,7 +136,10 @@ impl Pool<'_> {
             party.labels += f64::from(self.labels[candidate]);
             party.count += 1.0;
         }
-        let most = parties.values().map(|party| party.votes).fold(f64::MIN, f64::max);
+        let most = parties
+            .values()
+            .map(|party| party.votes)
+            .fold(f64::MIN, f64::max);
         let mut winners: Vec<f64> = parties
             .values()
             .filter(|party| party.votes == most)
@@ -179,7 +187,9 @@ impl AnswerPrior {
     }
 
     pub fn score(&self, answer: &Option<String>) -> f32 {
-        let known = answer.as_ref().and_then(|answer| self.of_answer.get(answer));
+        let known = answer
+            .as_ref()
+            .and_then(|answer| self.of_answer.get(answer));
         known.copied().unwrap_or(self.of_others)
     }
 }
@@ -216,7 +226,9 @@ mod tests {
     }
 
     fn answers(text: &str) -> Vec<Option<String>> {
-        text.chars().map(|c| (c != '-').then(|| c.to_string())).collect()
+        text.chars()
+            .map(|c| (c != '-').then(|| c.to_string()))
+            .collect()
     }
 
     #[test]
@@ -239,8 +251,14 @@ mod tests {
     #[test]
     fn nobody_votes_and_all_tie() {
         let labels = [1.0, 0.0, 0.0];
-        assert_eq!(pool(&labels, &answers("---")).majority(&[3], 0), [1.0 / 3.0]);
-        assert_eq!(pool(&labels, &answers("abc")).majority(&[3], 0), [1.0 / 3.0]);
+        assert_eq!(
+            pool(&labels, &answers("---")).majority(&[3], 0),
+            [1.0 / 3.0]
+        );
+        assert_eq!(
+            pool(&labels, &answers("abc")).majority(&[3], 0),
+            [1.0 / 3.0]
+        );
     }
 
     #[test]
@@ -258,7 +276,10 @@ mod tests {
             let by_subsets = pool.best_among(&[1, 4, 12], 5, |subset| {
                 Ok::<_, ()>(subset.iter().map(|&i| scores[i]).collect())
             });
-            let pairs = pool.best_by(&scores, &[1, 4, 12]).into_iter().zip(by_subsets.unwrap());
+            let pairs = pool
+                .best_by(&scores, &[1, 4, 12])
+                .into_iter()
+                .zip(by_subsets.unwrap());
             for (i, (a, b)) in pairs.enumerate() {
                 exact[i] += a / 200.0;
                 sampled[i] += b / 200.0;
@@ -266,14 +287,19 @@ mod tests {
         }
         assert!((exact[0] - sampled[0]).abs() < 1e-12 && (exact[2] - sampled[2]).abs() < 1e-12);
         // 12800 samples of a value within 0..1: a standard error below 0.0045.
-        assert!((exact[1] - sampled[1]).abs() < 0.02, "{exact:?} {sampled:?}");
+        assert!(
+            (exact[1] - sampled[1]).abs() < 0.02,
+            "{exact:?} {sampled:?}"
+        );
     }
 
     #[test]
     fn priors_shrink_to_the_mean() {
         let seen = [("a", 1.0), ("a", 1.0), ("b", 0.0), ("c", 0.0)];
-        let seen: Vec<(Option<String>, f32)> =
-            seen.iter().map(|(answer, label)| (Some(answer.to_string()), *label)).collect();
+        let seen: Vec<(Option<String>, f32)> = seen
+            .iter()
+            .map(|(answer, label)| (Some(answer.to_string()), *label))
+            .collect();
         let prior = AnswerPrior::new(seen.iter().map(|(answer, label)| (answer, *label)));
         assert_eq!(prior.score(&Some("a".into())), 2.5 / 3.0);
         assert_eq!(prior.score(&Some("b".into())), 0.25);

@@ -61,7 +61,9 @@ pub fn best_of(scores: &[f32], labels: &[f32], ns: &[usize]) -> Vec<f64> {
     ns.iter()
         .map(|&n| {
             let terms = sorted.iter().enumerate();
-            terms.map(|(below, label)| binomials.ratio(below, pool, n) * label).sum()
+            terms
+                .map(|(below, label)| binomials.ratio(below, pool, n) * label)
+                .sum()
         })
         .collect()
 }

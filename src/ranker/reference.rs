@@ -25,7 +25,12 @@ pub(super) type ExactTensors = BTreeMap<String, Vec<f64>>;
 pub(super) fn exact_tensors(ranker: &Ranker) -> ExactTensors {
     let tensors = ranker.tensors().iter();
     tensors
-        .map(|(name, tensor)| (name.clone(), tensor.data.iter().map(|&x| x as f64).collect()))
+        .map(|(name, tensor)| {
+            (
+                name.clone(),
+                tensor.data.iter().map(|&x| x as f64).collect(),
+            )
+        })
         .collect()
 }
 

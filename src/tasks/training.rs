@@ -9,16 +9,11 @@ use crate::ranker::{ExtraInput, ExtraInputs};
 pub enum TrainingDataError {
     #[error(transparent)]
     Collection(#[from] CollectionError),
+    #[error("{first} and {other} are of different models: train on collections of one model")]
+    OtherModel { first: String, other: String },
     #[error(
-        "{first} and {other} are of different models ({of_first} and {of_other}): train on collections of one model"
+        "{folder}: item {item} has no {input}, which the ranker reads; leave it out of the extra inputs"
     )]
-    OtherModel {
-        first: String,
-        other: String,
-        of_first: String,
-        of_other: String,
-    },
-    #[error("{folder}: item {item} has no {input}, which the ranker reads; leave it out of the extra inputs")]
     NoExtraInput {
         folder: String,
         item: String,
@@ -37,18 +32,20 @@ pub fn features(rows: Rows<'_>) -> Features<'_> {
 /// That all collections are of one model; gives the first one's description.
 pub fn check_models(collections: &[Collection]) -> Result<&CollectionInfo, TrainingDataError> {
     let first = &collections[0];
-    let name = |collection: &Collection| collection.folder().display().to_string();
-    let model = |info: &CollectionInfo| {
-        (info.fingerprint.clone(), info.hidden_size, info.layers)
+    let model = |info: &CollectionInfo| (info.fingerprint.clone(), info.hidden_size, info.layers);
+    let name = |of: &Collection| {
+        format!(
+            "{} ({}, {})",
+            of.folder().display(),
+            of.info.model,
+            of.info.fingerprint
+        )
     };
     for other in &collections[1..] {
         if model(&first.info) != model(&other.info) {
-            let said = |info: &CollectionInfo| format!("{}, {}", info.model, info.fingerprint);
             return Err(TrainingDataError::OtherModel {
                 first: name(first),
                 other: name(other),
-                of_first: said(&first.info),
-                of_other: said(&other.info),
             });
         }
     }

@@ -264,7 +264,10 @@ impl<'a> Block<'a> {
     fn scatter(&self, rows: &[f32], table: &mut [f32], stride: usize, from: usize) {
         let head_dim = self.head_dim();
         let padded = head_dim.next_multiple_of(LANES);
-        for (row, out) in rows.chunks_exact(padded).zip(table.chunks_exact_mut(stride)) {
+        for (row, out) in rows
+            .chunks_exact(padded)
+            .zip(table.chunks_exact_mut(stride))
+        {
             out[from..from + head_dim].copy_from_slice(&row[..head_dim]);
         }
     }
@@ -282,9 +285,8 @@ impl<'a> Block<'a> {
         let mut attended = vec![0.0; rows * width];
         let heads = (0..self.layout.heads)
             .map(|head| {
-                let of = |which: usize| {
-                    self.gather(&qkv, 3 * width, which * width + head * head_dim)
-                };
+                let of =
+                    |which: usize| self.gather(&qkv, 3 * width, which * width + head * head_dim);
                 let (queries, keys, values) = (of(0), of(1), of(2));
                 let mut weights = vec![0.0; rows * padded_rows];
                 product(
@@ -389,7 +391,13 @@ impl<'a> Block<'a> {
                 Into::Set,
             );
             let scale = 1.0 / (head_dim as f32).sqrt();
-            softmax_backward(self.isa, &traced.weights, &mut d_weights, padded_rows, scale);
+            softmax_backward(
+                self.isa,
+                &traced.weights,
+                &mut d_weights,
+                padded_rows,
+                scale,
+            );
             let d_weights = Matrix::new(&d_weights, padded_rows);
             let d_queries = over_rows(Left::AsIs(d_weights), &traced.keys);
             let d_keys = over_rows(Left::Transposed(d_weights), &traced.queries);

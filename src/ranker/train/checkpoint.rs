@@ -20,7 +20,9 @@ const METADATA_KEY: &str = "podium.training";
 pub enum CheckpointError {
     #[error("not a checkpoint of a training run: {0}")]
     Unreadable(String),
-    #[error("it is of a run with other {what}; give the options that it was begun with, or leave --resume out")]
+    #[error(
+        "it is of a run with other {what}; give the options that it was begun with, or leave --resume out"
+    )]
     OtherRun { what: &'static str },
 }
 
@@ -52,7 +54,8 @@ impl Trainer<'_> {
             best_epoch: best.as_ref().map(|(epoch, _)| *epoch),
             history: history.clone(),
         };
-        let unreadable = |error: &dyn std::fmt::Display| CheckpointError::Unreadable(error.to_string());
+        let unreadable =
+            |error: &dyn std::fmt::Display| CheckpointError::Unreadable(error.to_string());
         let text = serde_json::to_string(&description).map_err(|error| unreadable(&error))?;
         let mut parts = vec![("weights", weights), ("moments.first", &moments.first)];
         if !moments.second.is_empty() {
@@ -67,7 +70,12 @@ impl Trainer<'_> {
             .collect();
         let views = bytes
             .iter()
-            .map(|(name, bytes)| Ok((*name, TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes)?)))
+            .map(|(name, bytes)| {
+                Ok((
+                    *name,
+                    TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes)?,
+                ))
+            })
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
             .map_err(|error| unreadable(&error))?;
         let metadata = HashMap::from([(METADATA_KEY.to_owned(), text)]);
@@ -76,7 +84,8 @@ impl Trainer<'_> {
 
     /// Goes on where a checkpoint was made.
     pub fn restore(&mut self, checkpoint: &[u8]) -> Result<(), CheckpointError> {
-        let unreadable = |error: &dyn std::fmt::Display| CheckpointError::Unreadable(error.to_string());
+        let unreadable =
+            |error: &dyn std::fmt::Display| CheckpointError::Unreadable(error.to_string());
         let (_, metadata) =
             SafeTensors::read_metadata(checkpoint).map_err(|error| unreadable(&error))?;
         let text = metadata
@@ -148,6 +157,9 @@ impl Trainer<'_> {
             hash.update((group as u64).to_le_bytes());
         }
         let digest = hash.finalize();
-        digest[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+        digest[..16]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }

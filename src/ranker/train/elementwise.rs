@@ -58,8 +58,10 @@ impl Kernel for LayerNorm<'_> {
         let rows = self.x.chunks_exact(width);
         let outs = self.out.chunks_exact_mut(width);
         let normalized = self.normalized.x.chunks_exact_mut(width);
-        for (((x, out), to), inverse) in
-            rows.zip(outs).zip(normalized).zip(&mut self.normalized.inverse)
+        for (((x, out), to), inverse) in rows
+            .zip(outs)
+            .zip(normalized)
+            .zip(&mut self.normalized.inverse)
         {
             // SAFETY: every access is to LANES numbers from a multiple of LANES below `width`, the
             // length of each of the rows and of gain and bias, which is a multiple of LANES.
@@ -235,7 +237,11 @@ impl Kernel for SoftmaxBackward<'_> {
             unsafe {
                 let mut sum = S::splat(0.0);
                 for at in (0..self.width).step_by(LANES) {
-                    sum = S::fma(S::load(y.as_ptr().add(at)), S::load(d.as_ptr().add(at)), sum);
+                    sum = S::fma(
+                        S::load(y.as_ptr().add(at)),
+                        S::load(d.as_ptr().add(at)),
+                        sum,
+                    );
                 }
                 let mean = S::splat(S::sum(sum));
                 for at in (0..self.width).step_by(LANES) {
@@ -280,7 +286,11 @@ impl Kernel for Gelu<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for (x, out) in self.x.chunks_exact(LANES).zip(self.out.chunks_exact_mut(LANES)) {
+        for (x, out) in self
+            .x
+            .chunks_exact(LANES)
+            .zip(self.out.chunks_exact_mut(LANES))
+        {
             // SAFETY: chunks have LANES numbers.
             unsafe {
                 let x = S::load(x.as_ptr());
@@ -307,7 +317,11 @@ impl Kernel for GeluBackward<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for (x, d) in self.x.chunks_exact(LANES).zip(self.d.chunks_exact_mut(LANES)) {
+        for (x, d) in self
+            .x
+            .chunks_exact(LANES)
+            .zip(self.d.chunks_exact_mut(LANES))
+        {
             // SAFETY: chunks have LANES numbers.
             unsafe {
                 let x = S::load(x.as_ptr());

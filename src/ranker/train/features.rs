@@ -302,7 +302,11 @@ mod tests {
             let dropped = all.iter().filter(|&&x| x == 0.0).count();
             // Five standard deviations of the binomial around 250 are 68.
             assert!((180..=320).contains(&dropped), "{dropped}");
-            assert_eq!(all[32..], normalized(1, 32, width - 32), "whatever the block");
+            assert_eq!(
+                all[32..],
+                normalized(1, 32, width - 32),
+                "whatever the block"
+            );
             assert_ne!(all, normalized(2, 0, width));
         }
     }

@@ -54,7 +54,10 @@ fn listwise(scores: &[f32], labels: &[f32], weight: f64) -> GroupLoss {
         };
     }
     let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let shifted: Vec<f64> = scores.iter().map(|&s| f64::from(s) - f64::from(largest)).collect();
+    let shifted: Vec<f64> = scores
+        .iter()
+        .map(|&s| f64::from(s) - f64::from(largest))
+        .collect();
     let sum: f64 = shifted.iter().map(|s| s.exp()).sum();
     let mut loss = 0.0;
     let d_scores = shifted

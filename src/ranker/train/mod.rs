@@ -206,7 +206,10 @@ impl<'a> Trainer<'a> {
             .into_iter()
             .filter(|&group| options.loss == Loss::Pointwise || loss::ranks(&groups[group].labels))
             .collect();
-        if !fitted.iter().any(|&group| loss::ranks(&groups[group].labels)) {
+        if !fitted
+            .iter()
+            .any(|&group| loss::ranks(&groups[group].labels))
+        {
             let groups = groups.len() - held_out.len();
             return Err(TrainError::NothingToRank { groups });
         }
@@ -381,7 +384,10 @@ impl<'a> Trainer<'a> {
             sample.chosen.iter().map(|&i| labels[i]).collect()
         };
         let loss = self.options.loss;
-        let count: usize = samples.iter().map(|sample| loss.count(&labels(sample))).sum();
+        let count: usize = samples
+            .iter()
+            .map(|sample| loss.count(&labels(sample)))
+            .sum();
         if count == 0 {
             return None;
         }
@@ -544,7 +550,11 @@ impl<'a> Trainer<'a> {
     fn validate(&self) -> (f64, f64) {
         let loss = self.options.loss;
         let bias = self.state.weights[self.layout.bias];
-        let smallest = self.held_out.iter().map(|&group| self.groups[group].labels.len()).min();
+        let smallest = self
+            .held_out
+            .iter()
+            .map(|&group| self.groups[group].labels.len())
+            .min();
         let mut ns = powers_of_two(smallest.unwrap_or(1));
         if ns.len() > 1 {
             ns.remove(0);
@@ -615,10 +625,14 @@ fn check(
         ..
     } = *options;
     if !(learning_rate > 0.0 && learning_rate <= 10.0) {
-        return refuse(format!("the learning rate is {learning_rate}; give one above 0, such as 0.001"));
+        return refuse(format!(
+            "the learning rate is {learning_rate}; give one above 0, such as 0.001"
+        ));
     }
     if !(weight_decay >= 0.0 && weight_decay * learning_rate < 1.0) {
-        return refuse(format!("weight decay is {weight_decay}; give 0 or more, and less than 1 / learning rate"));
+        return refuse(format!(
+            "weight decay is {weight_decay}; give 0 or more, and less than 1 / learning rate"
+        ));
     }
     if epochs == 0 || batch == 0 {
         return refuse("give at least one epoch, and one group a step".into());
@@ -630,7 +644,9 @@ fn check(
         return refuse(format!("dropout is {dropout}; give a part from 0 to 0.95"));
     }
     if !(0.0..1.0).contains(&validation) {
-        return refuse(format!("the held-out part is {validation}; give one from 0 to below 1"));
+        return refuse(format!(
+            "the held-out part is {validation}; give one from 0 to below 1"
+        ));
     }
     if groups.is_empty() {
         return Err(TrainError::NoGroups);
@@ -657,8 +673,14 @@ fn check(
                 config.hidden_size
             ));
         }
-        if let Some(label) = group.labels.iter().find(|label| !(0.0..=1.0).contains(*label)) {
-            return refuse(format!("a label is {label}; labels go from 0 (wrong) to 1 (right)"));
+        if let Some(label) = group
+            .labels
+            .iter()
+            .find(|label| !(0.0..=1.0).contains(*label))
+        {
+            return refuse(format!(
+                "a label is {label}; labels go from 0 (wrong) to 1 (right)"
+            ));
         }
         if !config.extra_inputs.is_empty() && group.extra.len() != candidates {
             return refuse(format!(
@@ -743,7 +765,9 @@ fn prepare<'a>(
 ) -> Prepared<'a> {
     let standardized = |(index, &input): (usize, &ExtraInput), extra: &ExtraInputs| {
         let value = extra.get(input);
-        extra_statistics.map_or(value, |of| (value - of.mean[index]) * (1.0 / of.scale[index]))
+        extra_statistics.map_or(value, |of| {
+            (value - of.mean[index]) * (1.0 / of.scale[index])
+        })
     };
     let extra = group
         .extra

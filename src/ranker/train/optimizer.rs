@@ -188,10 +188,11 @@ mod tests {
     #[test]
     fn adam_and_sgd_by_the_book() {
         let gradients = [[0.3f32, -0.2], [0.1, 0.4], [-0.5, 0.1]];
+        let decayed = [Range { start: 0, end: 1 }];
         let rates = Rates {
             learning_rate: 0.1,
             weight_decay: 0.2,
-            decayed: &[0..1],
+            decayed: &decayed,
         };
         for kind in [OptimizerKind::AdamW, OptimizerKind::Sgd] {
             let mut weights = [1.0f32, -1.0];
@@ -199,7 +200,14 @@ mod tests {
             let mut exact = [1.0f64, -1.0];
             let (mut m, mut v) = ([0.0f64; 2], [0.0f64; 2]);
             for (t, gradient) in (1..).zip(&gradients) {
-                step(Isa::best(), kind, &rates, &mut weights, gradient, &mut moments);
+                step(
+                    Isa::best(),
+                    kind,
+                    &rates,
+                    &mut weights,
+                    gradient,
+                    &mut moments,
+                );
                 for i in 0..2 {
                     let g = f64::from(gradient[i]);
                     if i == 0 {
@@ -222,7 +230,10 @@ mod tests {
             }
             for (weight, exact) in weights.iter().zip(exact) {
                 // 1 − β₂ in float32 is off by 5e-5 of itself, its root in √v by half of that.
-                assert!((f64::from(*weight) - exact).abs() < 1e-5, "{weight} {exact}");
+                assert!(
+                    (f64::from(*weight) - exact).abs() < 1e-5,
+                    "{weight} {exact}"
+                );
             }
         }
     }
@@ -236,7 +247,14 @@ mod tests {
         };
         let mut weights = [0.0f32; 2];
         let mut moments = Moments::new(OptimizerKind::Sgd, 2);
-        step(Isa::best(), OptimizerKind::Sgd, &rates, &mut weights, &[30.0, -40.0], &mut moments);
+        step(
+            Isa::best(),
+            OptimizerKind::Sgd,
+            &rates,
+            &mut weights,
+            &[30.0, -40.0],
+            &mut moments,
+        );
         assert!((weights[0] + 0.6).abs() < 1e-6 && (weights[1] - 0.8).abs() < 1e-6);
     }
 

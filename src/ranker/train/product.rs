@@ -108,7 +108,7 @@ impl Product<'_> {
         let mut row = 0;
         macro_rules! heights {
             ($($height:literal)*) => {
-                $(while row + $height <= rows && const { $height <= S::TILE_ROWS } {
+                $(while rows - row >= $height && const { $height <= S::TILE_ROWS } {
                     let mut column = 0;
                     while column + 2 * LANES <= columns && const { S::TILE_PANELS == 2 } {
                         unsafe { self.tile::<S, AS_IS, $height, 2>(left, row, column) };
@@ -226,9 +226,7 @@ mod tests {
 
     fn numbers(len: usize, seed: u32) -> Vec<f32> {
         (0..len as u32)
-            .map(|i| {
-                ((i ^ seed).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0
-            })
+            .map(|i| ((i ^ seed).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0)
             .collect()
     }
 

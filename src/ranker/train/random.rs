@@ -17,7 +17,11 @@ pub(super) struct Random(u64);
 impl Random {
     /// The stream of one use: `purpose` tells streams of one seed apart.
     pub fn new(seed: u64, purpose: &[u64]) -> Self {
-        Random(purpose.iter().fold(mix(seed), |key, &part| mix(key ^ mix(part))))
+        Random(
+            purpose
+                .iter()
+                .fold(mix(seed), |key, &part| mix(key ^ mix(part))),
+        )
     }
 
     pub fn next(&mut self) -> u64 {
@@ -80,7 +84,10 @@ mod tests {
             assert_eq!(chosen.len(), 2);
         }
         // Each is expected 2000 times, with a standard deviation of 35.
-        assert!(counts.iter().all(|&c| (1825..2175).contains(&c)), "{counts:?}");
+        assert!(
+            counts.iter().all(|&c| (1825..2175).contains(&c)),
+            "{counts:?}"
+        );
         assert_eq!(Random::new(0, &[]).choose(3, 9).len(), 3);
     }
 

@@ -145,7 +145,9 @@ impl Layout {
         }
         let norms = [
             self.attention.as_ref().map(|attention| &attention.norm),
-            self.feed_forward.as_ref().map(|feed_forward| &feed_forward.norm),
+            self.feed_forward
+                .as_ref()
+                .map(|feed_forward| &feed_forward.norm),
         ];
         for norm in norms.into_iter().flatten() {
             weights[norm.weight.clone()].fill(1.0);
@@ -160,10 +162,16 @@ impl Layout {
     pub fn decayed(&self) -> Vec<Range<usize>> {
         let mut decayed = vec![self.projection.clone()];
         if let Some(attention) = &self.attention {
-            decayed.extend([attention.qkv.weight.clone(), attention.output.weight.clone()]);
+            decayed.extend([
+                attention.qkv.weight.clone(),
+                attention.output.weight.clone(),
+            ]);
         }
         if let Some(feed_forward) = &self.feed_forward {
-            decayed.extend([feed_forward.up.weight.clone(), feed_forward.down.weight.clone()]);
+            decayed.extend([
+                feed_forward.up.weight.clone(),
+                feed_forward.down.weight.clone(),
+            ]);
         }
         decayed
     }
@@ -182,9 +190,10 @@ impl Layout {
         };
         let projection = &weights[self.projection.clone()];
         match config.kind {
-            RankerKind::Linear => {
-                insert("linear.weight", projection.iter().step_by(self.width).copied().collect())
-            }
+            RankerKind::Linear => insert(
+                "linear.weight",
+                projection.iter().step_by(self.width).copied().collect(),
+            ),
             _ => insert("projection.weight", projection.to_vec()),
         }
         for (name, range) in self.tensors(config) {
