@@ -8,6 +8,7 @@ mod bench;
 mod collect;
 mod devices;
 mod error;
+mod eval;
 mod features;
 mod generate;
 mod interrupt;
@@ -18,6 +19,8 @@ mod progress;
 mod report;
 mod score;
 mod session;
+mod sweep;
+mod train;
 
 use std::process::ExitCode;
 
@@ -42,6 +45,8 @@ enum Command {
     Score(score::ScoreOptions),
     Features(features::FeaturesOptions),
     Collect(collect::CollectOptions),
+    Train(Box<train::TrainCommand>),
+    Eval(eval::EvalCommand),
     Bench(bench::BenchOptions),
     Devices(devices::DevicesOptions),
 }
@@ -57,6 +62,8 @@ pub fn main() -> ExitCode {
         Command::Score(options) => score::run(&global, options),
         Command::Features(options) => features::run(&global, options),
         Command::Collect(options) => collect::run(&global, options),
+        Command::Train(command) => train::run(&global, command),
+        Command::Eval(command) => eval::run(&global, command),
         Command::Bench(options) => bench::run(&global, options),
         Command::Devices(options) => devices::run(&global, options),
     };

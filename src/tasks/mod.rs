@@ -6,5 +6,6 @@ pub mod collection;
 pub mod data;
 pub mod feature_file;
 pub mod sandbox;
+pub mod training;
 pub mod verify;
 pub mod whole_file;
