@@ -6,7 +6,7 @@
 //! above the worst of them, which is what transformers' `generate(num_beams=n)` does.
 
 use super::generate::{Run, Writing};
-use super::sequence::Sequence;
+use super::scheduler::Sequence;
 use super::stop::StopConditions;
 use super::{Engine, EngineError, Event, GenerateRequest, Generated, Observer, Timings};
 use crate::backend::Backend;

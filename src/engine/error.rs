@@ -1,6 +1,6 @@
 //! Why a request cannot be done.
 
-use super::pages::OutOfPages;
+use super::scheduler::pages::OutOfPages;
 use super::select::SelectError;
 use super::stop::StopError;
 use crate::backend::BackendError;

@@ -1,7 +1,7 @@
 //! N candidates for one prompt, as one batch, and the choice among them.
 
+use super::scheduler::Sequence;
 use super::select::{CandidateFacts, Strategy, select};
-use super::sequence::Sequence;
 use super::stop::{FinishReason, StopConditions, StopState};
 use super::{
     Candidate, Engine, EngineError, Event, GenerateRequest, Generated, MAX_CANDIDATES, Observer,

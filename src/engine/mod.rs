@@ -8,11 +8,11 @@ pub mod answer;
 mod beam;
 mod error;
 mod generate;
-pub mod pages;
 mod request;
+pub mod scheduler;
 mod score;
 pub mod select;
-mod sequence;
+
 pub mod stop;
 
 pub use error::EngineError;
@@ -25,8 +25,8 @@ use crate::model::config::ModelConfig;
 use crate::model::forward::{Depth, Model, State};
 use crate::model::text::Tokenizer;
 use crate::ranker::Ranker;
-use pages::PagePool;
-use sequence::Sequence;
+use scheduler::Sequence;
+use scheduler::pages::PagePool;
 use std::sync::Arc;
 
 /// Most candidates of a request: what a ranker is built for, and far beyond what pays.

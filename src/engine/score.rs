@@ -4,7 +4,7 @@
 //! bounded size. Layers above the highest that is asked for are not run, and neither is the LM head,
 //! unless log-probabilities are wanted.
 
-use super::sequence::Sequence;
+use super::scheduler::Sequence;
 use super::{Engine, EngineError, ScoreRequest, Scored};
 use crate::backend::{Backend, Batch, Group};
 use crate::model::forward::Depth;
