@@ -1,10 +1,12 @@
-//! The matmul of the CPU backend: one row to a prompt, plain and quantised weights.
+//! The matmul of the CPU backend: one row to a prompt, plain and quantised weights, the latter also
+//! by byte products where the processor has them.
 //!
 //! Throughput is bytes of weights for one row, multiply-adds (two operations each) for more: hold
 //! them against the machine's limits that `podium bench` prints.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use podium::backend::cpu::matmul::{Epilogue, Inputs, matmul};
+use podium::backend::cpu::inputs::{Form, Inputs};
+use podium::backend::cpu::matmul::{Epilogue, matmul};
 use podium::backend::cpu::matrix::Matrix;
 use podium::backend::cpu::rows::Rows;
 use podium::backend::cpu::simd::Isa;
@@ -41,9 +43,16 @@ fn bench(criterion: &mut Criterion) {
     let (team, isa) = (Team::new(threads).expect("threads start"), Isa::best());
     // Larger than the last-level cache, as a model's weights are.
     let (out_features, in_features) = (32768, 1536);
-    for dtype in [Dtype::BF16, Dtype::Q8_0, Dtype::Q4_1, Dtype::Q6K] {
+    let codes = [Dtype::Q8_0, Dtype::Q4_1, Dtype::Q4K, Dtype::Q6K];
+    let mut kinds = vec![(Dtype::BF16, Form::Float)];
+    for dtype in codes {
+        kinds.push((dtype, Form::Float));
+        kinds.extend(isa.dot4().then_some((dtype, Form::Quantised)));
+    }
+    for (dtype, form) in kinds {
         let weight = Matrix::pack(&team, &[weights(dtype, out_features, in_features)]);
-        let mut group = criterion.benchmark_group(format!("matmul/{dtype:?}/{}", isa.name()));
+        let mut group =
+            criterion.benchmark_group(format!("matmul/{dtype:?}/{form:?}/{}", isa.name()));
         group.sample_size(10);
         for rows in [1, 2, 4, 8, 32, 100, 512] {
             let mut x = Rows::new(rows, in_features);
@@ -61,7 +70,7 @@ fn bench(criterion: &mut Criterion) {
             });
             group.bench_function(BenchmarkId::from_parameter(rows), |bencher| {
                 bencher.iter(|| {
-                    inputs.fill(&team, isa, &x, None, None);
+                    inputs.fill(&team, isa, form, (&x, None, None));
                     matmul(
                         &team,
                         isa,

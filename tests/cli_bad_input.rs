@@ -171,7 +171,7 @@ fn values_that_are_none() {
             &["generate", "Hi", "--device", "gpu"],
             "give auto, cpu, cuda, cuda:INDEX or emulate",
         ),
-        (&["generate", "Hi", "--dtype", "bf16"], "as they are stored"),
+        (&["generate", "Hi", "--dtype", "bf16"], "in eight bits (q8)"),
         (&layer("0"), "give a layer's number"),
         (&layer("1.5"), "give a layer's number"),
     ] {

@@ -3,6 +3,8 @@
 
 #[path = "support/golden_file.rs"]
 mod golden_file;
+#[path = "support/smollm2.rs"]
+mod smollm2_file;
 #[path = "support/tolerance.rs"]
 mod tolerance;
 
@@ -13,7 +15,6 @@ use podium::backend::{Backend, Batch, Group, PAGE_LEN, PageId, Segment};
 use podium::engine::select::Strategy;
 use podium::engine::stop::FinishReason;
 use podium::engine::{Candidate, Engine, EngineError, GenerateRequest, ScoreRequest, Scored};
-use podium::model::default_model;
 use podium::model::files::ModelFiles;
 use podium::model::forward::{Depth, Model};
 use std::collections::HashSet;
@@ -29,7 +30,15 @@ fn model_path(name: &str) -> PathBuf {
 
 fn load(path: &Path, threads: usize, isa: Isa) -> Model<Cpu> {
     let files = ModelFiles::open(path).unwrap();
-    Model::load(Cpu::new(threads, isa).unwrap(), &files, &mut |_| {}).unwrap()
+    let exact = Cpu::new(threads, isa).unwrap().exact();
+    Model::load(exact, &files, &mut |_| {}).unwrap()
+}
+
+/// As a user gets it: quantised weights by byte products, where the processor has them.
+fn fast_engine(path: &Path, threads: usize) -> Engine<Cpu> {
+    let files = ModelFiles::open(path).unwrap();
+    let fast = Cpu::new(threads, Isa::best()).unwrap();
+    Engine::without_text(Model::load(fast, &files, &mut |_| {}).unwrap()).unwrap()
 }
 
 fn engine(path: &Path, threads: usize, isa: Isa) -> Engine<Cpu> {
@@ -231,7 +240,7 @@ fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
 /// on whether the layers above are run.
 fn batching(name: &str) {
     let golden = Golden::read(name);
-    let engine_of = |threads| engine(&model_path(name), threads, Isa::best());
+    let engine_of = |threads| fast_engine(&model_path(name), threads);
     let mut engine = engine_of(1);
     let alone: Vec<Scored> = golden
         .candidates
@@ -315,7 +324,7 @@ fn generation(name: &str) {
         // Hot, for some of these models are very sure of themselves.
         request.sampling.temperature = 4.0;
         request.feature_layers = golden.layers.clone();
-        let mut engine = engine(&model_path(name), threads, Isa::best());
+        let mut engine = fast_engine(&model_path(name), threads);
         let generated = engine.generate(&request, &mut |_| ControlFlow::Continue(()));
         (generated.unwrap(), engine)
     };
@@ -413,6 +422,7 @@ models! {
     llama_tied: "llama-tied",
     llama_untied_sharded: "llama-untied",
     llama_bias: "llama-bias",
+    llama_mlp_bias: "llama-mlp-bias",
     llama_llama3_rope: "llama-llama3-rope",
     llama_linear_rope: "llama-linear-rope",
     mistral: "mistral",
@@ -454,21 +464,10 @@ fn every_golden_has_tests() {
     assert_eq!(folders, tested);
 }
 
-/// The default model, where `scripts/demo` or `scripts/test` has put it.
+/// The default model.
 mod smollm2 {
+    use super::smollm2_file::path;
     use super::*;
-
-    /// `None`, said aloud, where it has not been fetched. A model that was named must be there.
-    fn path() -> Option<PathBuf> {
-        if let Some(path) = std::env::var_os("PODIUM_TEST_MODEL") {
-            return Some(path.into());
-        }
-        let path = default_model::path();
-        if let Err(missing) = &path {
-            println!("skipped: {missing}");
-        }
-        path.ok()
-    }
 
     #[test]
     fn outputs() {

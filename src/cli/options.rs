@@ -30,7 +30,7 @@ pub struct GlobalOptions {
     )]
     pub device: Device,
 
-    /// Form in which weights are computed with; auto: as they are stored
+    /// Form in which weights are kept: as they are stored (auto), or 16 and 32 bits quantised to 8 (q8)
     #[arg(
         long,
         global = true,
@@ -49,6 +49,11 @@ pub struct GlobalOptions {
         help_heading = "Global options"
     )]
     pub threads: Option<usize>,
+
+    /// Compute products of quantised weights in float32; else activations are rounded to 16 bits
+    /// for them where the processor has byte products
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub exact: bool,
 
     /// Print JSON
     #[arg(long, global = true, help_heading = "Global options")]
@@ -103,7 +108,10 @@ impl FromStr for Device {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DtypeChoice {
+    /// As stored.
     Auto,
+    /// Weights stored as numbers are quantised to Q8_0.
+    Q8,
 }
 
 impl FromStr for DtypeChoice {
@@ -112,9 +120,8 @@ impl FromStr for DtypeChoice {
     fn from_str(text: &str) -> Result<DtypeChoice, Self::Err> {
         match text {
             "auto" => Ok(DtypeChoice::Auto),
-            _ => Err(
-                "this build computes with weights as they are stored; leave --dtype out, or give auto",
-            ),
+            "q8" => Ok(DtypeChoice::Q8),
+            _ => Err("weights are kept as they are stored (auto) or in eight bits (q8)"),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use serde::Deserialize;
 
 use super::error::CliError;
-use super::options::{Device, GlobalOptions};
+use super::options::{Device, DtypeChoice, GlobalOptions};
 use super::progress::{Progress, Unit};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
@@ -49,6 +49,10 @@ impl Session {
             None => default_model::path()?,
         };
         let files = ModelFiles::open(&path)?;
+        let files = match options.dtype {
+            DtypeChoice::Auto => files,
+            DtypeChoice::Q8 => files.quantized(),
+        };
         let tokenizer = Tokenizer::from_source(files.text_source()).map(Arc::new);
         let template = match &tokenizer {
             Ok(tokenizer) => ChatTemplate::from_source(files.text_source(), tokenizer),
@@ -244,7 +248,8 @@ fn backend(options: &GlobalOptions) -> Result<Cpu, CliError> {
             ));
         }
     }
-    Ok(Cpu::new(threads, isa()?)?)
+    let cpu = Cpu::new(threads, isa()?)?;
+    Ok(if options.exact { cpu.exact() } else { cpu })
 }
 
 /// The instruction set: the best, unless the environment names another.

@@ -1,9 +1,9 @@
 //! Beam search, a strategy that the ranker is held against.
 //!
-//! At each step every beam offers its 2n most probable continuations; of all, the n with the highest
-//! summed log-probability live on, and those that end an answer (among the first n) are set aside
-//! with their mean log-probability. It is over when n answers are set aside and no beam's mean is
-//! above the worst of them, which is what transformers' `generate(num_beams=n)` does.
+//! At each step every beam offers its most probable continuations; of all, the n with the highest
+//! summed log-probability that go on live on, and those that end an answer (among the first n) are
+//! set aside with their mean log-probability. It is over when n answers are set aside and no beam's
+//! mean is above the worst of them, which is what transformers' `generate(num_beams=n)` does.
 
 use super::generate::{Run, Writing};
 use super::scheduler::Sequence;
@@ -122,7 +122,9 @@ impl<B: Backend> Engine<B> {
         logits_rows: &[u32],
     ) -> Result<Vec<Offer>, EngineError> {
         let beams: Vec<usize> = (0..run.writing.len()).collect();
-        let most = (2 * request.n).min(self.model.config.vocab_size);
+        // However many end tokens there are, n continuations are left that go on.
+        let wanted = request.n * (1 + self.end_token_ids().len().max(1));
+        let most = wanted.min(self.model.config.vocab_size);
         let sampled = self.draw(request, run, &beams, &beams, logits_rows, most)?;
         let mut offers = Vec::new();
         for (beam, sampled) in sampled.into_iter().enumerate() {
@@ -138,7 +140,7 @@ impl<B: Backend> Engine<B> {
         }
         // Stable: among equals the earlier beam, the more probable token.
         offers.sort_by(|a, b| b.sum.total_cmp(&a.sum));
-        offers.truncate(2 * request.n);
+        offers.truncate(wanted);
         Ok(offers)
     }
 
@@ -151,6 +153,22 @@ impl<B: Backend> Engine<B> {
         offers: Vec<Offer>,
     ) -> Result<(), EngineError> {
         let mut before = std::mem::take(&mut run.writing);
+        let advanced = self.take_best(n, run, ended, offers, &before);
+        for beam in &mut before {
+            beam.sequence.release(&mut self.pages);
+        }
+        advanced
+    }
+
+    /// [`advance`](Self::advance) from the beams `before`, which stay the caller's.
+    fn take_best(
+        &mut self,
+        n: usize,
+        run: &mut Run<B>,
+        ended: &mut Vec<Ended>,
+        offers: Vec<Offer>,
+        before: &[Writing],
+    ) -> Result<(), EngineError> {
         for (rank, offer) in offers.into_iter().enumerate() {
             if run.writing.len() == n {
                 break;
@@ -181,17 +199,17 @@ impl<B: Backend> Engine<B> {
                 worst.writing.sequence.release(&mut self.pages);
             }
         }
-        for beam in &mut before {
-            beam.sequence.release(&mut self.pages);
-        }
         Ok(())
     }
 
     /// A copy of a beam: full pages are shared, a part-full one is copied.
     fn fork(&mut self, beam: &Writing) -> Result<Writing, EngineError> {
-        let (sequence, copied) = beam.sequence.fork(&mut self.pages)?;
-        if let Some((from, to)) = copied {
-            self.state.copy_page(&self.model.backend, from, to)?;
+        let (mut sequence, copied) = beam.sequence.fork(&mut self.pages)?;
+        if let Some((from, to)) = copied
+            && let Err(error) = self.state.copy_page(&self.model.backend, from, to)
+        {
+            sequence.release(&mut self.pages);
+            return Err(error.into());
         }
         Ok(Writing {
             sequence,

@@ -49,6 +49,37 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// What is wrong with the request, before anything is computed; what the device failed with; or
     /// [`EngineError::Interrupted`], where the observer broke off before the first token.
+    ///
+    /// # Examples
+    /// ```no_run
+    /// use podium::backend::cpu::{Cpu, simd::Isa};
+    /// use podium::engine::select::Strategy;
+    /// use podium::engine::{Engine, Event, GenerateRequest};
+    /// use podium::model::text::Tokenizer;
+    /// use podium::model::{files::ModelFiles, forward::Model};
+    /// use podium::ranker::Ranker;
+    /// use std::{ops::ControlFlow, path::Path, sync::Arc};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let files = ModelFiles::open(Path::new("SmolLM2-135M-Instruct.Q4_1.gguf"))?;
+    /// let tokenizer = Arc::new(Tokenizer::from_source(files.text_source())?);
+    /// let model = Model::load(Cpu::new(2, Isa::best())?, &files, &mut |_| {})?;
+    /// let mut engine = Engine::new(model, tokenizer.clone())?;
+    ///
+    /// let mut request = GenerateRequest::new(tokenizer.encode("Once upon a time", true)?);
+    /// request.n = 8;
+    /// request.strategy = Strategy::Ranker;
+    /// request.ranker = Some(Arc::new(Ranker::load(Path::new("stories.ranker"))?));
+    /// let generated = engine.generate(&request, &mut |event| {
+    ///     if let Event::Finished { candidate, reason } = event {
+    ///         println!("candidate {candidate} ended: {reason}");
+    ///     }
+    ///     ControlFlow::Continue(())
+    /// })?;
+    /// println!("{}", generated.candidates[generated.selected].text);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn generate(
         &mut self,
         request: &GenerateRequest,

@@ -14,6 +14,8 @@ mod score;
 pub mod select;
 
 pub mod stop;
+#[cfg(test)]
+mod tests;
 
 pub use error::EngineError;
 pub use request::{

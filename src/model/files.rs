@@ -31,6 +31,8 @@ pub struct ModelFiles {
     tensors: BTreeMap<String, StoredTensor>,
     /// For a GGUF file.
     metadata: Option<MetadataIndex>,
+    /// Weight matrices stored as numbers are to be loaded in eight bits.
+    pub(crate) quantize: bool,
 }
 
 /// What the tokenizer and the chat template are to be built from.
@@ -99,6 +101,7 @@ impl ModelFiles {
             files,
             tensors,
             metadata,
+            quantize: false,
         })
     }
 
@@ -127,6 +130,15 @@ impl ModelFiles {
     /// The canonical names of all tensors that the model has, sorted.
     pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// Asks for weight matrices that are stored as numbers to be quantised to Q8_0 when they are
+    /// loaded: half the memory and bandwidth of 16 bits.
+    pub fn quantized(self) -> Self {
+        ModelFiles {
+            quantize: true,
+            ..self
+        }
     }
 
     /// A tensor by the name that Hugging Face files use, such as

@@ -341,10 +341,10 @@ impl<'a, B: Backend> Loader<'a, B> {
             feed_forward_norm: self
                 .norm(&name(&format!("{before_feed_forward}_layernorm.weight")))?,
             gate_up: {
-                let gate = self.checked(&feed_forward("gate_proj.weight"))?;
-                let up = self.checked(&feed_forward("up_proj.weight"))?;
+                let (gate, gate_bytes) = self.weight(&feed_forward("gate_proj.weight"))?;
+                let (up, up_bytes) = self.weight(&feed_forward("up_proj.weight"))?;
                 let matrix = self.backend.gated_matrix(&gate, &up)?;
-                (self.progress)((gate.data.len() + up.data.len()) as u64);
+                (self.progress)(gate_bytes + up_bytes);
                 matrix
             },
             gate_up_bias: self
@@ -364,13 +364,24 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(tensor)
     }
 
+    /// A weight matrix in the form that is wanted, and its bytes as stored.
+    fn weight(&self, name: &str) -> Result<(Tensor<'a>, u64), ModelError> {
+        let stored = self.checked(name)?;
+        let bytes = stored.data.len() as u64;
+        let quantized = self.files.quantize.then(|| stored.to_q8_0()).flatten();
+        Ok((quantized.unwrap_or(stored), bytes))
+    }
+
     fn matrix(&mut self, names: &[impl AsRef<str>]) -> Result<B::Matrix, LoadError> {
-        let parts = names
-            .iter()
-            .map(|name| self.checked(name.as_ref()))
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut parts = Vec::with_capacity(names.len());
+        let mut bytes = 0;
+        for name in names {
+            let (part, stored) = self.weight(name.as_ref())?;
+            parts.push(part);
+            bytes += stored;
+        }
         let matrix = self.backend.matrix(&parts)?;
-        (self.progress)(parts.iter().map(|part| part.data.len() as u64).sum());
+        (self.progress)(bytes);
         Ok(matrix)
     }
 

@@ -142,6 +142,35 @@ impl Tensor<'_> {
         dequantize_row(self.dtype, &self.data, &mut out);
         out
     }
+
+    /// The same numbers in eight bits, as GGUF's Q8_0 has them: of each 32, bytes and a float16
+    /// scale, 1/127 of the greatest magnitude. `None` for what is in blocks already, and where rows
+    /// are not whole blocks.
+    pub fn to_q8_0(&self) -> Option<Tensor<'static>> {
+        let block = Dtype::Q8_0.block_len();
+        if self.dtype.block_len() > 1 || !self.columns().is_multiple_of(block) {
+            return None;
+        }
+        let mut data = Vec::with_capacity(self.rows() * Dtype::Q8_0.row_bytes(self.columns())?);
+        let mut row = vec![0.0f32; self.columns()];
+        for index in 0..self.rows() {
+            dequantize_row(self.dtype, self.row(index), &mut row);
+            for numbers in row.chunks_exact(block) {
+                let greatest = numbers.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                let scale = greatest / 127.0;
+                let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                // A block beyond what float16 holds keeps its largest scale.
+                let stored = f16::from_f32(scale.min(f16::MAX.to_f32()));
+                data.extend(stored.to_le_bytes());
+                data.extend(numbers.iter().map(|x| (x * inverse).round() as i8 as u8));
+            }
+        }
+        Some(Tensor {
+            dtype: Dtype::Q8_0,
+            shape: self.shape.clone(),
+            data: Cow::Owned(data),
+        })
+    }
 }
 
 /// Refuses weights that are NaN or infinite, for a block format those whose scales are: one such
@@ -222,6 +251,30 @@ mod tests {
             shape: shape.to_vec(),
             data: data.into(),
         }
+    }
+
+    #[test]
+    fn eight_bits_are_off_by_half_a_step_at_most() {
+        let numbers: Vec<f32> = (0..256)
+            .map(|i| ((i * 7919 % 1009) as f32 - 504.0) * if i < 64 { 1e-3 } else { 0.02 })
+            .collect();
+        let data = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let stored = tensor(Dtype::F32, [2, 128], data);
+        let small = stored.to_q8_0().unwrap();
+        assert_eq!((small.dtype, &small.shape), (Dtype::Q8_0, &stored.shape));
+        assert_eq!(small.data.len(), 2 * 4 * 34);
+        for (block, got) in numbers.chunks(32).zip(small.to_f32().chunks(32)) {
+            let greatest = block.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+            for (x, got) in block.iter().zip(got) {
+                // Half a step, and the scale's rounding to eleven bits.
+                assert!(
+                    (x - got).abs() <= greatest * (0.5 / 127.0 + 1.0 / 2048.0),
+                    "{x} {got}"
+                );
+            }
+        }
+        assert!(small.to_q8_0().is_none(), "in blocks already");
+        assert!(tensor(Dtype::F32, [1, 3], vec![0; 12]).to_q8_0().is_none());
     }
 
     /// A finite tensor of 3 rows of 3072 numbers, with ones everywhere (as scales, too).

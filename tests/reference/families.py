@@ -109,6 +109,17 @@ def specs() -> list[Spec]:
             ),
             mistakes={f"{name} bias": reset(f"{name}_proj.bias", 0.0) for name in "qvo"},
         ),
+        # Biases in the MLP alone, in a model as small as can be.
+        Spec(
+            "llama-mlp-bias",
+            LlamaConfig(
+                vocab_size=130, hidden_size=32, intermediate_size=44, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-5, mlp_bias=True,
+                tie_word_embeddings=True, rope_parameters=rope(10000.0), **SHARED,
+            ),
+            dtype=torch.float16,
+            mistakes={f"{name} bias": reset(f"{name}_proj.bias", 0.0) for name in ["gate", "up", "down"]},
+        ),
         # Wavelengths are 6.3 … 353: one pair kept, two blended, five divided by the factor.
         Spec(
             "llama-llama3-rope",

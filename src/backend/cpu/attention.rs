@@ -323,7 +323,15 @@ unsafe fn attend<S: Simd>(
         return;
     }
     let padded = shape.head_dim.next_multiple_of(LANES);
-    let pages = &pages[block / PAGE_LEN..end.div_ceil(PAGE_LEN)];
+    let (pages, next) =
+        pages[block / PAGE_LEN..].split_at(end.div_ceil(PAGE_LEN) - block / PAGE_LEN);
+    // While one page is computed with, the one that it will be the turn of four pages later is on its
+    // way: for a few queries the time is all in waiting for memory.
+    let fetch = |part: *const f32, numbers: usize| {
+        for line in (0..numbers).step_by(LANES) {
+            unsafe { S::prefetch(part.wrapping_add(line).cast()) };
+        }
+    };
     unsafe {
         let tile = state.tiles[first * shape.head_dim..][..rows * shape.head_dim].as_ptr();
         let scores = state.scores.as_mut_ptr();
@@ -333,6 +341,10 @@ unsafe fn attend<S: Simd>(
         };
         for page in (0..pages.len()).step_by(2) {
             let two = [k_pages(page), k_pages(page + 1)];
+            for &id in pages[page..].iter().take(2) {
+                let values = keys.kv.values(id, keys.layer, keys.kv_head);
+                fetch(values, padded * PAGE_LEN);
+            }
             let place = scores.add(page * PAGE_LEN);
             interleaved_tile::<S>(rows, tile, two, shape.head_dim, place, BLOCK, true);
         }
@@ -349,6 +361,10 @@ unsafe fn attend<S: Simd>(
         let values = state.values.as_mut_ptr().add(first * padded);
         for (page, &id) in pages.iter().enumerate() {
             let count = PAGE_LEN.min(end - block - page * PAGE_LEN);
+            if let Some(&next) = next.get(page) {
+                let k = keys.kv.keys(next, keys.layer, keys.kv_head);
+                fetch(k, shape.head_dim * PAGE_LEN);
+            }
             let v = keys.kv.values(id, keys.layer, keys.kv_head);
             value_tile::<S>(rows, scores.add(page * PAGE_LEN), v, count, values, padded);
         }

@@ -2,7 +2,9 @@
 //!
 //! A page holds, for every layer and kv head, keys as `[head_dim][16 tokens]` (a vector is one
 //! coordinate of sixteen keys) and values as `[head_dim / 16][16 tokens][16]` (a vector is sixteen
-//! coordinates of one value), in float32.
+//! coordinates of one value), in float32. Sixteen pages are a slab, in which what a head has of one
+//! page lies beside what it has of the next: a prefix is read as long runs, not in pieces that the
+//! processor would have to be told of.
 
 use super::rows::Aligned;
 use super::simd::LANES;
@@ -12,15 +14,18 @@ const _: () = assert!(PAGE_LEN == LANES, "a page is one vector of keys wide");
 
 pub struct KvCache {
     shape: KvShape,
-    /// Pages come into being when they are first used, and stay.
-    pages: Vec<Aligned>,
+    /// Slabs come into being when a page of theirs is first used, and stay.
+    slabs: Vec<Aligned>,
 }
+
+/// Pages of a slab.
+const SLAB_PAGES: usize = 16;
 
 impl KvCache {
     pub fn new(shape: KvShape) -> KvCache {
         KvCache {
             shape,
-            pages: Vec::new(),
+            slabs: Vec::new(),
         }
     }
 
@@ -30,50 +35,58 @@ impl KvCache {
 
     /// Bytes of a page.
     pub fn page_bytes(shape: KvShape) -> usize {
-        let padded = shape.head_dim.next_multiple_of(LANES);
-        shape.layers * shape.kv_heads * (shape.head_dim + padded) * PAGE_LEN * 4
+        shape.layers * shape.kv_heads * head_numbers(shape) * 4
     }
 
     /// Makes sure that a page exists.
     pub fn reserve(&mut self, page: PageId) -> Result<(), BackendError> {
-        while self.pages.len() <= page as usize {
+        while self.slabs.len() <= page as usize / SLAB_PAGES {
             // Zeroed, for attention may multiply a place that was never written by a weight of zero.
-            self.pages
-                .push(Aligned::zeroed(Self::page_bytes(self.shape)));
+            let bytes = SLAB_PAGES * Self::page_bytes(self.shape);
+            self.slabs.push(Aligned::zeroed(bytes));
         }
         Ok(())
     }
 
     /// Makes page `to` a copy of page `from`.
     pub fn copy(&mut self, from: PageId, to: PageId) {
-        if from != to {
-            let pages = self.pages.get_disjoint_mut([from as usize, to as usize]);
-            // Both exist: `from` was written, `to` was reserved.
-            let [from, to] = pages.expect("two different pages of the cache");
-            to.as_f32_mut().copy_from_slice(from.as_f32());
+        let numbers = head_numbers(self.shape);
+        for layer in 0..self.shape.layers {
+            for kv_head in 0..self.shape.kv_heads {
+                let places = [from, to].map(|page| place(self.shape, page, layer, kv_head));
+                let [(from, start), (to, target)] = places;
+                if from == to {
+                    let slab = self.slabs[from].as_f32_mut();
+                    slab.copy_within(start..start + numbers, target);
+                } else if let Ok([from, to]) = self.slabs.get_disjoint_mut([from, to]) {
+                    to.as_f32_mut()[target..target + numbers]
+                        .copy_from_slice(&from.as_f32()[start..start + numbers]);
+                }
+            }
         }
     }
 
     /// The keys of a page; its values follow.
     pub(super) fn keys(&self, page: PageId, layer: usize, kv_head: usize) -> *const f32 {
-        self.pages[page as usize].as_f32()[offset(self.shape, layer, kv_head)..].as_ptr()
+        let (slab, start) = place(self.shape, page, layer, kv_head);
+        self.slabs[slab].as_f32()[start..].as_ptr()
     }
 
     /// The values of a page.
     pub(super) fn values(&self, page: PageId, layer: usize, kv_head: usize) -> *const f32 {
-        let keys = self.shape.head_dim * PAGE_LEN;
-        self.pages[page as usize].as_f32()[offset(self.shape, layer, kv_head) + keys..].as_ptr()
+        let (slab, start) = place(self.shape, page, layer, kv_head);
+        self.slabs[slab].as_f32()[start + self.shape.head_dim * PAGE_LEN..].as_ptr()
     }
 
     /// For the threads of one operation, which append different tokens.
     pub(super) fn shared(&mut self) -> SharedKv<'_> {
-        let pages = self
-            .pages
+        let slabs = self
+            .slabs
             .iter_mut()
-            .map(|page| page.as_f32_mut().as_mut_ptr())
+            .map(|slab| slab.as_f32_mut().as_mut_ptr())
             .collect();
         SharedKv {
-            pages,
+            slabs,
             shape: self.shape,
             borrow: std::marker::PhantomData,
         }
@@ -82,7 +95,7 @@ impl KvCache {
 
 /// The cache while several threads append to it.
 pub(super) struct SharedKv<'a> {
-    pages: Vec<*mut f32>,
+    slabs: Vec<*mut f32>,
     shape: KvShape,
     borrow: std::marker::PhantomData<&'a mut KvCache>,
 }
@@ -106,11 +119,11 @@ impl SharedKv<'_> {
     ) {
         let head_dim = self.shape.head_dim;
         assert!(slot < PAGE_LEN && key.len() == head_dim && value.len() == head_dim);
-        let offset = offset(self.shape, layer, kv_head);
-        // SAFETY: `offset` checks layer and head; within a head's part the indices below stay under
+        let (slab, start) = place(self.shape, page, layer, kv_head);
+        // SAFETY: `place` checks layer and head; within a head's part the indices below stay under
         // (head_dim + padded head_dim) × 16.
         unsafe {
-            let keys = self.pages[page as usize].add(offset);
+            let keys = self.slabs[slab].add(start);
             let values = keys.add(head_dim * PAGE_LEN);
             for (d, (key, value)) in key.iter().zip(value).enumerate() {
                 *keys.add(d * PAGE_LEN + slot) = *key;
@@ -120,9 +133,15 @@ impl SharedKv<'_> {
     }
 }
 
-/// Where a head's keys begin in a page, in numbers.
-fn offset(shape: KvShape, layer: usize, kv_head: usize) -> usize {
+/// Numbers that a head has of a page in one layer.
+fn head_numbers(shape: KvShape) -> usize {
+    (shape.head_dim + shape.head_dim.next_multiple_of(LANES)) * PAGE_LEN
+}
+
+/// Where a head's part of a page begins: the slab, and the number within it.
+fn place(shape: KvShape, page: PageId, layer: usize, kv_head: usize) -> (usize, usize) {
     assert!(layer < shape.layers && kv_head < shape.kv_heads);
-    let padded = shape.head_dim.next_multiple_of(LANES);
-    (layer * shape.kv_heads + kv_head) * (shape.head_dim + padded) * PAGE_LEN
+    let (slab, page) = (page as usize / SLAB_PAGES, page as usize % SLAB_PAGES);
+    let run = (layer * shape.kv_heads + kv_head) * SLAB_PAGES + page;
+    (slab, run * head_numbers(shape))
 }

@@ -2,10 +2,16 @@
 
 pub mod attention;
 mod filter;
+mod format;
+pub mod inputs;
+mod integer;
 pub mod kv_cache;
 pub mod limits;
 pub mod matmul;
+#[cfg(test)]
+mod matmul_tests;
 pub mod matrix;
+mod packing;
 pub mod rope;
 pub mod rows;
 pub mod sample;
@@ -18,8 +24,9 @@ use super::sampling::{SampleRow, Sampled};
 use super::{Attention, Backend, BackendError, Batch, KvShape, Norm, PAGE_LEN, PageId};
 use crate::model::config::{Activation, Rope};
 use crate::model::tensor::Tensor;
+use inputs::{Form, Inputs};
 use kv_cache::KvCache;
-use matmul::{Epilogue, Inputs, matmul};
+use matmul::{Epilogue, matmul};
 use matrix::Matrix;
 use rope::{Angles, Append, Heads};
 use rows::{Rows, Vector};
@@ -31,6 +38,7 @@ use team::Team;
 pub struct Cpu {
     team: Team,
     isa: Isa,
+    exact: bool,
     /// Memory that operations use while they run: the left side of a product, and its result where
     /// that is not yet the operation's.
     inputs: Mutex<Inputs>,
@@ -57,9 +65,20 @@ impl Cpu {
         Ok(Cpu {
             team,
             isa,
+            exact: false,
             inputs: Mutex::new(Inputs::default()),
             unfinished: Mutex::new(Rows::new(0, LANES)),
         })
+    }
+
+    /// Computes every product from the weights as dequantised and activations in float32. Without it,
+    /// products of quantised weights take activations rounded to sixteen bits, where the processor has
+    /// byte products (`integer.rs`).
+    pub fn exact(self) -> Cpu {
+        Cpu {
+            exact: true,
+            ..self
+        }
     }
 
     pub fn threads(&self) -> usize {
@@ -94,14 +113,18 @@ impl Cpu {
     /// and a norm.
     fn product(
         &self,
-        (x, rows, norm): (&Rows, Option<&[u32]>, Option<&Norm<Vector>>),
+        x: (&Rows, Option<&[u32]>, Option<&Norm<Vector>>),
         weight: &Matrix,
         bias: Option<&Vector>,
         epilogue: Epilogue,
         out: &mut Rows,
     ) {
         let inputs = &mut *lock(&self.inputs);
-        inputs.fill(&self.team, self.isa, x, rows, norm);
+        let form = match !self.exact && self.isa.dot4() && weight.has_codes() {
+            true => Form::Quantised,
+            false => Form::Float,
+        };
+        inputs.fill(&self.team, self.isa, form, x);
         matmul(&self.team, self.isa, inputs, weight, bias, epilogue, out);
     }
 }
@@ -389,7 +412,7 @@ impl Kernel for NormAdd<'_> {
     unsafe fn run<S: Simd>(self) {
         // SAFETY: rows are readable to whole vectors.
         let scale =
-            unsafe { matmul::rms_scale::<S>(self.x.as_ptr(), self.x.len(), self.norm.epsilon) };
+            unsafe { inputs::rms_scale::<S>(self.x.as_ptr(), self.x.len(), self.norm.epsilon) };
         for ((out, x), weight) in self
             .residual
             .iter_mut()

@@ -1,24 +1,41 @@
 //! Activations: float32 rows, aligned and padded.
 
 use super::simd::LANES;
+use memmap2::MmapMut;
 
 /// Memory that starts on a cache line.
 pub struct Aligned {
-    lines: Vec<Line>,
+    memory: Memory,
     bytes: usize,
+}
+
+enum Memory {
+    Lines(Vec<Line>),
+    /// Straight from the operating system, which gives zeroed pages as they are touched, huge ones
+    /// where it can: a stream through 4 KiB pages waits for page tables.
+    Pages(MmapMut),
 }
 
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 struct Line([u8; 64]);
 
+/// From here on memory comes as pages: a few huge ones of 2 MiB.
+const PAGES_FROM: usize = 8 << 20;
+
 impl Aligned {
     /// `bytes` zeroed bytes.
     pub fn zeroed(bytes: usize) -> Aligned {
-        Aligned {
-            lines: vec![Line([0; 64]); bytes.div_ceil(64)],
-            bytes,
-        }
+        let memory = match (bytes >= PAGES_FROM).then(|| MmapMut::map_anon(bytes)) {
+            Some(Ok(pages)) => {
+                // Advice: where it is not taken, pages are small.
+                #[cfg(target_os = "linux")]
+                let _ = pages.advise(memmap2::Advice::HugePage);
+                Memory::Pages(pages)
+            }
+            _ => Memory::Lines(vec![Line([0; 64]); bytes.div_ceil(64)]),
+        };
+        Aligned { memory, bytes }
     }
 
     pub fn len(&self) -> usize {
@@ -30,21 +47,32 @@ impl Aligned {
     }
 
     pub fn as_ptr(&self) -> *const u8 {
-        self.lines.as_ptr().cast()
+        match &self.memory {
+            Memory::Lines(lines) => lines.as_ptr().cast(),
+            Memory::Pages(pages) => pages.as_ptr(),
+        }
     }
 
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
-        self.lines.as_mut_ptr().cast()
+        match &mut self.memory {
+            Memory::Lines(lines) => lines.as_mut_ptr().cast(),
+            Memory::Pages(pages) => pages.as_mut_ptr(),
+        }
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: `lines` holds at least `bytes` initialised bytes.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.bytes) }
+        // SAFETY: the memory holds at least `bytes` initialised bytes.
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr(), self.bytes) }
     }
 
     pub fn as_f32(&self) -> &[f32] {
-        // SAFETY: as above; a line is aligned for f32 and every bit pattern is one.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.bytes / 4) }
+        // SAFETY: as above; lines and pages are aligned for f32 and every bit pattern is one.
+        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), self.bytes / 4) }
+    }
+
+    pub fn as_f32_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.bytes / 4) }
     }
 
     /// Rows `stride` numbers apart, for the threads of one operation, which write disjoint parts.
@@ -53,11 +81,6 @@ impl Aligned {
             data: self.as_f32_mut().as_mut_ptr(),
             stride,
         }
-    }
-
-    pub fn as_f32_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.bytes / 4) }
     }
 }
 

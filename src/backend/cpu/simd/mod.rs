@@ -31,6 +31,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// registers hold beside one weight vector a panel and one broadcast.
     const TILE_ROWS: usize;
     const TILE_PANELS: usize;
+    /// Whether [`Simd::dot4`] is one instruction, so that integer products pay.
+    const DOT4: bool;
 
     /// Runs a kernel as a function of its own, compiled for this instruction set: for what is large
     /// and called from several places.
@@ -64,13 +66,35 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn shift_left(a: Self::I, bits: u32) -> Self::I;
     unsafe fn and(a: Self::I, mask: u32) -> Self::I;
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
-    /// Exact for values below 2^24.
+    /// Of signed integers; exact below 2^24.
     unsafe fn to_f32(a: Self::I) -> Self::V;
+    /// To the nearest integer, ties to even; unspecified beyond 32 bits and for NaN.
+    unsafe fn to_i32(a: Self::V) -> Self::I;
+    /// Stores the lowest byte of each lane.
+    unsafe fn store_low_bytes(p: *mut u8, a: Self::I);
+    unsafe fn splat_i32(x: i32) -> Self::I;
+    /// Wraps around.
+    unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn store_u32(p: *mut u32, a: Self::I);
 
-    /// The low four bits of each lane, as float32.
+    /// `sum + Σ u·s` over the four bytes of each lane, those of `u` unsigned, those of `s` signed.
     #[inline(always)]
-    unsafe fn nibble(a: Self::I) -> Self::V {
-        unsafe { Self::to_f32(Self::and(a, 15)) }
+    unsafe fn dot4(sum: Self::I, u: Self::I, s: Self::I) -> Self::I {
+        let mut lanes = [[0u32; LANES]; 3];
+        unsafe {
+            for (lanes, v) in lanes.iter_mut().zip([sum, u, s]) {
+                Self::store_u32(lanes.as_mut_ptr(), v);
+            }
+            let [sums, us, ss] = &mut lanes;
+            for ((sum, u), s) in sums.iter_mut().zip(us).zip(ss) {
+                let products = u.to_le_bytes().into_iter().zip(s.to_le_bytes());
+                let dot: i32 = products
+                    .map(|(u, s)| i32::from(u) * i32::from(s as i8))
+                    .sum();
+                *sum = sum.wrapping_add(dot as u32);
+            }
+            Self::load_u32(lanes[0].as_ptr())
+        }
     }
 
     /// Adds the lanes in a fixed tree: lane i with i + 8, then 4, 2, 1 apart.
@@ -158,8 +182,12 @@ pub trait Kernel {
 /// The instruction set that kernels run with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 with VNNI, as every server of this decade has it.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX2 with the 256-bit VNNI of client processors.
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     Portable,
@@ -179,8 +207,12 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni")
             {
                 found.push(Isa::Avx512);
+            }
+            if avx2 && is_x86_feature_detected!("avxvnni") {
+                found.push(Isa::AvxVnni);
             }
             if avx2 {
                 found.push(Isa::Avx2);
@@ -200,6 +232,8 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => "avx-vnni",
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => "avx2",
             Isa::Portable if cfg!(target_arch = "aarch64") => "neon",
             Isa::Portable => "portable",
@@ -208,13 +242,12 @@ impl Isa {
 
     /// Rows of the register tile of this instruction set.
     pub fn tile_rows(self) -> usize {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => x86::Avx512::TILE_ROWS,
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => x86::Avx2::TILE_ROWS,
-            Isa::Portable => Portable::TILE_ROWS,
-        }
+        self.dispatch(TileRows)
+    }
+
+    /// Whether integer products pay: see [`Simd::DOT4`].
+    pub fn dot4(self) -> bool {
+        self.dispatch(Dot4)
     }
 
     /// Runs a kernel, compiled for this instruction set.
@@ -226,9 +259,30 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => unsafe { x86::run_avx512(kernel) },
             #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => unsafe { x86::run_avx_vnni(kernel) },
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { x86::run_avx2(kernel) },
             Isa::Portable => unsafe { kernel.run::<Portable>() },
         }
+    }
+}
+
+/// Constants of [`Simd`], asked for at run time.
+struct TileRows;
+impl Kernel for TileRows {
+    type Output = usize;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> usize {
+        S::TILE_ROWS
+    }
+}
+
+struct Dot4;
+impl Kernel for Dot4 {
+    type Output = bool;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> bool {
+        S::DOT4
     }
 }
 
@@ -287,7 +341,8 @@ mod tests {
                 S::store(out[2].as_mut_ptr(), S::load_i8(self.1.as_ptr()));
                 S::store(out[3].as_mut_ptr(), S::load_u8(self.1.as_ptr().cast()));
                 let words = S::load_u32(self.2.as_ptr());
-                S::store(out[4].as_mut_ptr(), S::nibble(S::shift_right(words, 12)));
+                let nibble = S::and(S::shift_right(words, 12), 15);
+                S::store(out[4].as_mut_ptr(), S::to_f32(nibble));
                 let mixed = S::or(
                     S::and(words, 3),
                     S::shift_left(S::and(S::shift_right(words, 9), 1), 2),
@@ -316,6 +371,40 @@ mod tests {
                 assert_eq!(u8s[i], f32::from(bytes[i] as u8));
                 assert_eq!(nibbles[i], (words[i] >> 12 & 15) as f32);
                 assert_eq!(mixed[i], (words[i] & 3 | (words[i] >> 9 & 1) << 2) as f32);
+            }
+        }
+    }
+
+    struct Dots<'a>([&'a [u32; LANES]; 3]);
+    impl Kernel for Dots<'_> {
+        type Output = [u32; LANES];
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) -> Self::Output {
+            let mut out = [0; LANES];
+            unsafe {
+                let [sum, u, s] = self.0.map(|lanes| S::load_u32(lanes.as_ptr()));
+                S::store_u32(out.as_mut_ptr(), S::dot4(sum, u, s));
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn byte_products_are_exact_on_every_instruction_set() {
+        let words = |factor: u32| -> [u32; LANES] {
+            std::array::from_fn(|i| factor.wrapping_mul(i as u32 * 2 + 1))
+        };
+        let (sum, mut u, mut s) = (words(77), words(0x9e37_79b9), words(0x85eb_ca6b));
+        // The largest products of both signs, which a saturating instruction would cut off.
+        (u[0], s[0], u[1], s[1]) = (u32::MAX, 0x7f7f_7f7f, u32::MAX, 0x8080_8080);
+        for isa in Isa::available() {
+            let dots = isa.dispatch(Dots([&sum, &u, &s]));
+            for i in 0..LANES {
+                let products = u[i].to_le_bytes().into_iter().zip(s[i].to_le_bytes());
+                let dot: i32 = products
+                    .map(|(u, s)| i32::from(u) * i32::from(s as i8))
+                    .sum();
+                assert_eq!(dots[i] as i32, sum[i] as i32 + dot, "{}", isa.name());
             }
         }
     }

@@ -18,6 +18,7 @@ unsafe impl Simd for Portable {
     // NEON has 32 registers of four lanes: 4 rows × 16 lanes = 16 accumulators, 4 weights.
     const TILE_ROWS: usize = 4;
     const TILE_PANELS: usize = 1;
+    const DOT4: bool = false;
 
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
         unsafe { kernel.run::<Portable>() }
@@ -117,6 +118,26 @@ unsafe impl Simd for Portable {
     #[inline(always)]
     unsafe fn to_f32(a: Self::I) -> Self::V {
         a.map(|a| a as i32 as f32)
+    }
+    #[inline(always)]
+    unsafe fn to_i32(a: Self::V) -> Self::I {
+        a.map(|a| a.round_ties_even() as i32 as u32)
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(p: *mut u8, a: Self::I) {
+        unsafe { p.cast::<[u8; LANES]>().write_unaligned(a.map(|a| a as u8)) }
+    }
+    #[inline(always)]
+    unsafe fn splat_i32(x: i32) -> Self::I {
+        [x as u32; LANES]
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn store_u32(p: *mut u32, a: Self::I) {
+        unsafe { p.cast::<[u32; LANES]>().write_unaligned(a) }
     }
     #[inline(always)]
     unsafe fn zero_below(x: Self::V, bound: f32, y: Self::V) -> Self::V {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 /// # Safety
 /// The processor must have the enabled features.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     unsafe { kernel.run::<Avx512>() }
 }
@@ -14,19 +14,27 @@ pub unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
 /// The processor must have the enabled features.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
-    unsafe { kernel.run::<Avx2>() }
+    unsafe { kernel.run::<Avx2<false>>() }
+}
+
+/// # Safety
+/// The processor must have the enabled features.
+#[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+pub unsafe fn run_avx_vnni<K: Kernel>(kernel: K) -> K::Output {
+    unsafe { kernel.run::<Avx2<true>>() }
 }
 
 #[derive(Clone, Copy)]
 pub struct Avx512;
 
-// SAFETY: AVX-512 F, BW, VL, DQ and F16C instructions only, which `run_avx512` enables.
+// SAFETY: AVX-512 F, BW, VL, DQ, VNNI and F16C instructions only, which `run_avx512` enables.
 unsafe impl Simd for Avx512 {
     type V = __m512;
     type I = __m512i;
     // 24 accumulators, 2 weights; the broadcast is a memory operand of the multiply-add.
     const TILE_ROWS: usize = 12;
     const TILE_PANELS: usize = 2;
+    const DOT4: bool = true;
 
     #[inline(always)]
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
@@ -127,20 +135,41 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_cvtepi32_ps(a) }
     }
     #[inline(always)]
-    unsafe fn nibble(a: __m512i) -> __m512 {
-        // A look-up reads the low four bits of each lane only: mask and conversion in one.
-        unsafe {
-            let table = _mm512_setr_ps(
-                0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
-            );
-            _mm512_permutexvar_ps(a, table)
-        }
+    unsafe fn to_i32(a: __m512) -> __m512i {
+        unsafe { _mm512_cvtps_epi32(a) }
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(p: *mut u8, a: __m512i) {
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(a)) }
+    }
+    #[inline(always)]
+    unsafe fn splat_i32(x: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn store_u32(p: *mut u32, a: __m512i) {
+        unsafe { _mm512_storeu_si512(p.cast(), a) }
+    }
+    #[inline(always)]
+    unsafe fn dot4(sum: __m512i, u: __m512i, s: __m512i) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sum, u, s) }
     }
     #[inline(always)]
     unsafe fn sum(v: __m512) -> f32 {
         unsafe {
             let eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
             sum8(eight)
+        }
+    }
+    #[inline(always)]
+    unsafe fn greatest(v: __m512) -> f32 {
+        unsafe {
+            let (low, high) = (_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            greatest8(_mm256_max_ps(low, high))
         }
     }
     #[inline(always)]
@@ -171,8 +200,36 @@ unsafe fn sum8(eight: __m256) -> f32 {
     }
 }
 
+#[inline(always)]
+unsafe fn greatest8(eight: __m256) -> f32 {
+    unsafe {
+        let (low, high) = (
+            _mm256_castps256_ps128(eight),
+            _mm256_extractf128_ps::<1>(eight),
+        );
+        let four = _mm_max_ps(low, high);
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+}
+
+/// What `dpbusd` gives, without it: the upper bit of `u` apart, for the sixteen-bit sums of two
+/// products saturate.
+#[inline(always)]
+unsafe fn byte_products(sum: __m256i, u: __m256i, s: __m256i) -> __m256i {
+    unsafe {
+        let ones = _mm256_set1_epi16(1);
+        let part = |mask: u8| {
+            let u = _mm256_and_si256(u, _mm256_set1_epi8(mask as i8));
+            _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), ones)
+        };
+        _mm256_add_epi32(sum, _mm256_add_epi32(part(0x7f), part(0x80)))
+    }
+}
+
+/// AVX2, with the 256-bit byte products of VNNI or without.
 #[derive(Clone, Copy)]
-pub struct Avx2;
+pub struct Avx2<const VNNI: bool>;
 
 #[derive(Clone, Copy)]
 pub struct Pair<T>(T, T);
@@ -186,17 +243,25 @@ macro_rules! both {
     };
 }
 
-// SAFETY: AVX2, FMA and F16C instructions only, which `run_avx2` enables.
-unsafe impl Simd for Avx2 {
+// SAFETY: AVX2, FMA and F16C instructions only, and AVX-VNNI's where `VNNI`, which `run_avx2` and
+// `run_avx_vnni` enable.
+unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type V = Pair<__m256>;
     type I = Pair<__m256i>;
     // 6 rows × 2 registers = 12 accumulators, 2 weights, 1 broadcast, of 16.
     const TILE_ROWS: usize = 6;
     const TILE_PANELS: usize = 1;
+    const DOT4: bool = VNNI;
 
     #[inline(always)]
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
-        unsafe { run_avx2(kernel) }
+        unsafe {
+            if VNNI {
+                run_avx_vnni(kernel)
+            } else {
+                run_avx2(kernel)
+            }
+        }
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
@@ -343,8 +408,62 @@ unsafe impl Simd for Avx2 {
         unsafe { both!(_mm256_cvtepi32_ps, a) }
     }
     #[inline(always)]
+    unsafe fn to_i32(a: Self::V) -> Self::I {
+        unsafe { both!(_mm256_cvtps_epi32, a) }
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(p: *mut u8, a: Self::I) {
+        unsafe {
+            let a = Self::and(a, 255);
+            // Packing works within halves of 128 bits: the middle quarters change places.
+            let words = _mm256_packus_epi32(a.0, a.1);
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let (low, high) = (
+                _mm256_castsi256_si128(words),
+                _mm256_extracti128_si256::<1>(words),
+            );
+            _mm_storeu_si128(p.cast(), _mm_packus_epi16(low, high));
+        }
+    }
+    #[inline(always)]
+    unsafe fn splat_i32(x: i32) -> Self::I {
+        let v = unsafe { _mm256_set1_epi32(x) };
+        Pair(v, v)
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I {
+        unsafe { both!(_mm256_add_epi32, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn store_u32(p: *mut u32, a: Self::I) {
+        unsafe {
+            _mm256_storeu_si256(p.cast(), a.0);
+            _mm256_storeu_si256(p.add(8).cast(), a.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot4(sum: Self::I, u: Self::I, s: Self::I) -> Self::I {
+        unsafe {
+            if VNNI {
+                Pair(
+                    _mm256_dpbusd_avx_epi32(sum.0, u.0, s.0),
+                    _mm256_dpbusd_avx_epi32(sum.1, u.1, s.1),
+                )
+            } else {
+                Pair(
+                    byte_products(sum.0, u.0, s.0),
+                    byte_products(sum.1, u.1, s.1),
+                )
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
         unsafe { sum8(_mm256_add_ps(v.0, v.1)) }
+    }
+    #[inline(always)]
+    unsafe fn greatest(v: Self::V) -> f32 {
+        unsafe { greatest8(_mm256_max_ps(v.0, v.1)) }
     }
     #[inline(always)]
     unsafe fn zero_below(x: Self::V, bound: f32, y: Self::V) -> Self::V {

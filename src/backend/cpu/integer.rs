@@ -1,0 +1,410 @@
+//! Products of quantised weights, four bytes a lane at a time.
+//!
+//! Of each span of 32 inputs a row's numbers become whole numbers with a scale, `x ≈ scale · z`, z in
+//! -32512..=32512, each as two signed bytes, `z = 256 · high + low`. Then
+//!
+//! ```text
+//! y = Σ over spans:  weight_scale · scale · Σ (code - middle) · z  +  minimum · scale · Σ z
+//! ```
+//!
+//! with sums over the span of code · z as `256 · Σ code · high + Σ code · low`: twice as many byte
+//! products as with eight bits, still fewer instructions than float32 takes. Eight bits are not
+//! enough: a few coordinates of the residual stream are a hundred times the rest, and a span's
+//! greatest number sets its step. (Features after 18 layers of SmolLM2 from eight bits cost its `gcd`
+//! ranker a third of its accuracy; from sixteen, nothing.)
+//!
+//! The sums of bytes are whole numbers, the same in any order. What is float32 is one chain along the
+//! spans, the same for one row and for many, so here too a row's result does not depend on its batch.
+
+use super::format::{CodeLayout, Codes, QUADS, SPAN, UNIT};
+use super::inputs::Normed;
+use super::matrix::with_format;
+use super::simd::{Isa, Kernel, LANES, Simd};
+use crate::model::tensor::Dtype;
+use std::marker::PhantomData;
+
+/// Words that a quantised span of a row takes: eight quads of high bytes, eight of low ones, and
+pub const SPAN_WORDS: usize = 2 * QUADS + 4;
+/// the scale (f32),
+const SCALE: usize = 2 * QUADS;
+/// scale · Σ z (f32),
+const SCALED_SUM: usize = 2 * QUADS + 1;
+/// and Σ z of the lower and of the upper half of the span (i32).
+const HALF_SUMS: usize = 2 * QUADS + 2;
+/// The greatest z: its high byte is 127.
+const GREATEST: f32 = 127.0 * 256.0;
+
+/// Inputs unpacked at a time: 2 panels × 8 spans × 704 bytes = 11 KiB.
+pub(super) const RUN: usize = 256;
+/// Words of an unpacked span of a panel: quads, two scales, a minimum.
+const WIDE_SPAN: usize = (QUADS + 3) * LANES;
+const WIDE_SCALES: usize = QUADS * LANES;
+const WIDE_MINIMUM: usize = (QUADS + 2) * LANES;
+/// Words of a run of a panel.
+pub(super) const WIDE_RUN: usize = RUN / SPAN * WIDE_SPAN;
+
+/// Rows of a tile: half of the float tile's, for a result has a sum of bytes and one of float32.
+pub(super) fn tile_rows(isa: Isa) -> usize {
+    isa.tile_rows() / 2
+}
+
+/// Quantises a row into its place of a tile `[spans][SPAN_WORDS][rows of the tile]`.
+pub(super) struct Quantise<'a> {
+    pub row: Normed<'a>,
+    pub out: *mut u32,
+    pub i: usize,
+    pub rows: usize,
+}
+
+impl Kernel for Quantise<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: a row of `width` numbers, whole spans; `out` has room for as many.
+        unsafe {
+            let norm_scale = S::splat(self.row.scale::<S>());
+            for span in 0..self.row.width / SPAN {
+                let halves = [0, LANES].map(|half| {
+                    let at = span * SPAN + half;
+                    let x = S::load(self.row.source.add(at));
+                    match self.row.norm {
+                        Some(norm) => {
+                            let weight = S::load(norm.weight.as_slice()[at..].as_ptr());
+                            S::mul(S::mul(x, norm_scale), weight)
+                        }
+                        None => x,
+                    }
+                });
+                let words = quantise::<S>(halves);
+                let out = self.out.add(span * SPAN_WORDS * self.rows + self.i);
+                for (index, word) in words.into_iter().enumerate() {
+                    *out.add(index * self.rows) = word;
+                }
+            }
+        }
+    }
+}
+
+/// The words of a span.
+#[inline(always)]
+unsafe fn quantise<S: Simd>(halves: [S::V; 2]) -> [u32; SPAN_WORDS] {
+    let mut words = [0; SPAN_WORDS];
+    unsafe {
+        let magnitude = halves.map(|x| S::max(x, S::sub(S::splat(0.0), x)));
+        let greatest = S::greatest(S::max(magnitude[0], magnitude[1]));
+        let scale = greatest / GREATEST;
+        // Nothing but zeros, or too small for a scale: zeros.
+        let inverse = if scale >= f32::MIN_POSITIVE {
+            GREATEST / greatest
+        } else {
+            0.0
+        };
+        let mut sums = [0.0; 2];
+        for (half, x) in halves.into_iter().enumerate() {
+            let z = S::to_i32(S::mul(x, S::splat(inverse)));
+            // The low byte is signed, so the high one is rounded to the nearest.
+            let high = S::shift_right(S::add_i32(z, S::splat_i32(128)), 8);
+            let place = words.as_mut_ptr().add(half * QUADS / 2);
+            S::store_low_bytes(place.cast(), high);
+            S::store_low_bytes(place.add(QUADS).cast(), z);
+            // Whole numbers below 2^24: exact.
+            sums[half] = S::sum(S::to_f32(z));
+        }
+        words[SCALE] = scale.to_bits();
+        words[SCALED_SUM] = (scale * (sums[0] + sums[1])).to_bits();
+        for (word, sum) in words[HALF_SUMS..].iter_mut().zip(sums) {
+            *word = sum as i32 as u32;
+        }
+    }
+    words
+}
+
+/// One quantised row times one panel: a single stream through memory, which panels that follow each
+/// other continue, so that the processor runs ahead of it.
+struct Gemv<F> {
+    panel: *const u8,
+    x: *const u32,
+    width: usize,
+    sums: *mut f32,
+    format: PhantomData<F>,
+}
+
+/// Bytes ahead in the stream that are asked for.
+const AHEAD: usize = 4096;
+
+impl<F: Codes> Kernel for Gemv<F> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        unsafe {
+            let mut acc = S::splat(0.0);
+            let span_bytes = F::BLOCK_BYTES / F::LAYOUT.spans;
+            for block in 0..self.width / F::BLOCK_INPUTS {
+                let packed = self.panel.add(block * F::BLOCK_BYTES);
+                for span in 0..F::LAYOUT.spans {
+                    let x = self.x.add((block * F::LAYOUT.spans + span) * SPAN_WORDS);
+                    let next = packed.wrapping_add(span * span_bytes + AHEAD);
+                    for line in (0..span_bytes).step_by(64) {
+                        S::prefetch(next.wrapping_add(line));
+                    }
+                    for part in 0..F::LAYOUT.scales {
+                        // Two chains: neither waits for the other.
+                        let mut high = S::splat_i32(0);
+                        let mut low = S::splat_i32(start(x, 1, 0, part, F::LAYOUT));
+                        let units = SPAN / UNIT / F::LAYOUT.scales;
+                        for unit in part * units..(part + 1) * units {
+                            let quads = F::quads::<S>(packed, span * (SPAN / UNIT) + unit);
+                            for (i, codes) in quads.into_iter().enumerate() {
+                                let x = x.add(2 * unit + i);
+                                high = S::dot4(high, codes, S::splat_i32(*x as i32));
+                                low = S::dot4(low, codes, S::splat_i32(*x.add(QUADS) as i32));
+                            }
+                        }
+                        let dot = S::add_i32(S::shift_left(high, 8), low);
+                        let scale = F::scale::<S>(packed, span, part);
+                        let scale = S::mul(scale, splat::<S>(x.add(SCALE)));
+                        acc = S::fma(S::to_f32(dot), scale, acc);
+                    }
+                    if F::LAYOUT.minimum {
+                        let minimum = F::minimum::<S>(packed, span);
+                        acc = S::fma(minimum, splat::<S>(x.add(SCALED_SUM)), acc);
+                    }
+                }
+            }
+            S::store(self.sums, acc);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn splat<S: Simd>(word: *const u32) -> S::V {
+    unsafe { S::splat(*word.cast()) }
+}
+
+/// `-middle · Σ z` of a part of a span.
+#[inline(always)]
+unsafe fn start(span: *const u32, rows: usize, row: usize, part: usize, layout: CodeLayout) -> i32 {
+    if layout.minimum {
+        return 0;
+    }
+    // SAFETY: a span of a tile of `rows` rows.
+    let half = |half: usize| unsafe { *span.add((HALF_SUMS + half) * rows + row) as i32 };
+    let sum = match layout.scales {
+        1 => half(0) + half(1),
+        _ => half(part),
+    };
+    -layout.middle() * sum
+}
+
+/// [`Gemv`], the format chosen at run time: sixteen sums.
+///
+/// # Safety
+/// As [`Simd`]; a packed panel of `width` inputs, and as many quantised ones at `x`.
+#[inline(always)]
+pub(super) unsafe fn gemv<S: Simd>(
+    (dtype, panel): (Dtype, *const u8),
+    x: *const u32,
+    width: usize,
+    sums: *mut f32,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        with_format!(codes dtype,
+            F => S::call(Gemv::<F> { panel, x, width, sums, format: PhantomData }),
+            else unreachable!("only codes are multiplied as bytes"))
+    }
+}
+
+/// Unpacks inputs `first .. first + count` of a panel, whole spans, into `out`, `[spans][WIDE_SPAN]`.
+struct Unpack<F> {
+    panel: *const u8,
+    first: usize,
+    count: usize,
+    out: *mut u32,
+    format: PhantomData<F>,
+}
+
+impl<F: Codes> Kernel for Unpack<F> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        unsafe {
+            for index in 0..self.count / SPAN {
+                let input = self.first + index * SPAN;
+                let block = self.panel.add(input / F::BLOCK_INPUTS * F::BLOCK_BYTES);
+                let span = input % F::BLOCK_INPUTS / SPAN;
+                let out = self.out.add(index * WIDE_SPAN);
+                for unit in 0..SPAN / UNIT {
+                    for (i, quad) in F::quads::<S>(block, span * (SPAN / UNIT) + unit)
+                        .into_iter()
+                        .enumerate()
+                    {
+                        S::store_u32(out.add((2 * unit + i) * LANES), quad);
+                    }
+                }
+                for part in 0..F::LAYOUT.scales {
+                    let place = out.add(WIDE_SCALES + part * LANES);
+                    S::store(place.cast(), F::scale::<S>(block, span, part));
+                }
+                if F::LAYOUT.minimum {
+                    S::store(out.add(WIDE_MINIMUM).cast(), F::minimum::<S>(block, span));
+                }
+            }
+        }
+    }
+}
+
+/// [`Unpack`], the format chosen at run time.
+///
+/// # Safety
+/// As [`Simd`]; the panel must have the inputs and `out` room for them.
+#[inline(always)]
+pub(super) unsafe fn unpack<S: Simd>(
+    (dtype, panel): (Dtype, *const u8),
+    first: usize,
+    count: usize,
+    out: *mut u32,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        with_format!(codes dtype,
+            F => S::call(Unpack::<F> { panel, first, count, out, format: PhantomData }),
+            else unreachable!("only codes are multiplied as bytes"))
+    }
+}
+
+/// Adds a tile's products with two unpacked panels to `c[row][2][16]`, or sets it where `first`.
+///
+/// # Safety
+/// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, `wide` runs
+/// unpacked from panels of these dtypes.
+#[inline(always)]
+pub(super) unsafe fn multiply_tile<S: Simd>(
+    dtypes: [Dtype; 2],
+    rows: usize,
+    x: *const u32,
+    wide: [*const u32; 2],
+    inputs: usize,
+    c: *mut f32,
+    first: bool,
+) {
+    let layouts = dtypes.map(CodeLayout::of);
+    let spans = inputs / SPAN;
+    macro_rules! rows {
+        ($scales:literal, $minimum:literal, $panels:literal, $c:expr, $w:expr, $layout:expr; $($rows:literal)*) => {
+            match rows {
+                $($rows if const { 2 * $rows <= S::TILE_ROWS } => S::call(
+                    ByteTile::<$rows, $panels, $scales, $minimum> {
+                        x, w: $w, spans, layout: $layout, c: $c, first,
+                    },
+                ),)*
+                _ => unreachable!("tiles are at most as tall as the register tile"),
+            }
+        };
+    }
+    macro_rules! layouts {
+        ($layout:expr, $panels:literal, $c:expr, $w:expr) => {
+            match $layout {
+                Some(layout) if layout.scales > 1 => {
+                    rows!(2, false, $panels, $c, $w, layout; 1 2 3 4 5 6)
+                }
+                Some(layout) if layout.minimum => {
+                    rows!(1, true, $panels, $c, $w, layout; 1 2 3 4 5 6)
+                }
+                Some(layout) => rows!(1, false, $panels, $c, $w, layout; 1 2 3 4 5 6),
+                None => unreachable!("only codes are multiplied as bytes"),
+            }
+        };
+    }
+    unsafe {
+        if const { S::TILE_PANELS == 2 } && layouts[0] == layouts[1] {
+            return layouts!(layouts[0], 2, c, wide);
+        }
+        for p in 0..2 {
+            layouts!(layouts[p], 1, c.add(p * LANES), [wide[p]]);
+        }
+    }
+}
+
+/// The register tile of byte products: `R` rows by `P` panels.
+struct ByteTile<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> {
+    x: *const u32,
+    w: [*const u32; P],
+    spans: usize,
+    layout: CodeLayout,
+    c: *mut f32,
+    first: bool,
+}
+
+impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> Kernel
+    for ByteTile<R, P, SCALES, MINIMUM>
+{
+    type Output = ();
+    // Indices name rows and panels of several arrays at once.
+    #[allow(clippy::needless_range_loop)]
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // What is known when compiling, said once more: it decides what is left out.
+        let layout = CodeLayout {
+            minimum: MINIMUM,
+            scales: SCALES,
+            ..self.layout
+        };
+        unsafe {
+            let mut acc = [[S::splat(0.0); P]; R];
+            if !self.first {
+                for r in 0..R {
+                    for p in 0..P {
+                        acc[r][p] = S::load(self.c.add(r * 2 * LANES + p * LANES));
+                    }
+                }
+            }
+            for span in 0..self.spans {
+                let x = self.x.add(span * SPAN_WORDS * R);
+                let w = self.w.map(|w| w.add(span * WIDE_SPAN));
+                for part in 0..SCALES {
+                    let mut dots = [[S::splat_i32(0); P]; R];
+                    for bytes in [0, QUADS] {
+                        if bytes > 0 {
+                            for r in 0..R {
+                                let start = S::splat_i32(start(x, R, r, part, layout));
+                                dots[r] = dots[r].map(|d| S::add_i32(S::shift_left(d, 8), start));
+                            }
+                        }
+                        for q in part * (QUADS / SCALES)..(part + 1) * (QUADS / SCALES) {
+                            let weights = w.map(|w| S::load_u32(w.add(q * LANES)));
+                            for r in 0..R {
+                                let x = S::splat_i32(*x.add((bytes + q) * R + r) as i32);
+                                for p in 0..P {
+                                    dots[r][p] = S::dot4(dots[r][p], weights[p], x);
+                                }
+                            }
+                        }
+                    }
+                    let scales = w.map(|w| S::load(w.add(WIDE_SCALES + part * LANES).cast()));
+                    for r in 0..R {
+                        let x_scale = splat::<S>(x.add(SCALE * R + r));
+                        for p in 0..P {
+                            let scale = S::mul(scales[p], x_scale);
+                            acc[r][p] = S::fma(S::to_f32(dots[r][p]), scale, acc[r][p]);
+                        }
+                    }
+                }
+                if MINIMUM {
+                    let minima = w.map(|w| S::load(w.add(WIDE_MINIMUM).cast()));
+                    for r in 0..R {
+                        let sum = splat::<S>(x.add(SCALED_SUM * R + r));
+                        for p in 0..P {
+                            acc[r][p] = S::fma(minima[p], sum, acc[r][p]);
+                        }
+                    }
+                }
+            }
+            for r in 0..R {
+                for p in 0..P {
+                    S::store(self.c.add(r * 2 * LANES + p * LANES), acc[r][p]);
+                }
+            }
+        }
+    }
+}
