@@ -44,6 +44,8 @@ pub enum EngineError {
         "the strategy \"ranker\" needs a ranker: give --ranker FILE, or --select another strategy"
     )]
     NoRanker,
+    #[error("beam search runs by itself, not beside other requests: choose another strategy")]
+    BeamAlone,
     #[error(transparent)]
     Sampling(#[from] SamplingError),
     #[error(transparent)]

@@ -55,7 +55,7 @@ impl Default for Limits {
         Limits {
             pages: usize::MAX,
             cached_pages: 0,
-            step_rows: 512,
+            step_rows: super::PREFILL_CHUNK,
             candidates: super::MAX_CANDIDATES,
         }
     }
