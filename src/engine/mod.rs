@@ -13,6 +13,8 @@ mod request;
 pub mod scheduler;
 mod score;
 pub mod select;
+#[cfg(test)]
+mod shared_batch_tests;
 mod step;
 pub mod stop;
 #[cfg(test)]
