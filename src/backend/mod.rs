@@ -16,7 +16,7 @@ pub const PAGE_LEN: usize = 16;
 pub type PageId = u32;
 
 /// What a device can fail with.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum BackendError {
     #[error("out of memory: {what} needs {needed} bytes")]
     OutOfMemory { what: String, needed: usize },
@@ -125,6 +125,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Copies a row onto another of the same rows.
     fn copy_row_within(&self, rows: &mut Self::Rows, from: usize, to: usize);
+
+    /// Bytes of a page of the KV cache.
+    fn kv_page_bytes(&self, shape: KvShape) -> usize {
+        2 * shape.layers * shape.kv_heads * shape.head_dim * PAGE_LEN * 4
+    }
 
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
     /// Makes page `to` a copy of page `from`, in every layer.

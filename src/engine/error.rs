@@ -1,6 +1,6 @@
 //! Why a request cannot be done.
 
-use super::pages::OutOfPages;
+use super::scheduler::pages::OutOfPages;
 use super::select::SelectError;
 use super::stop::StopError;
 use crate::backend::BackendError;
@@ -44,6 +44,8 @@ pub enum EngineError {
         "the strategy \"ranker\" needs a ranker: give --ranker FILE, or --select another strategy"
     )]
     NoRanker,
+    #[error("beam search runs by itself, not beside other requests: choose another strategy")]
+    BeamAlone,
     #[error(transparent)]
     Sampling(#[from] SamplingError),
     #[error(transparent)]

@@ -1,46 +1,47 @@
-//! N candidates for one prompt, as one batch, and the choice among them.
+//! N candidates for one prompt, and the choice among them.
 
+use super::scheduler::{GroupId, GroupShape};
 use super::select::{CandidateFacts, Strategy, select};
-use super::sequence::Sequence;
-use super::stop::{FinishReason, StopConditions, StopState};
+use super::step::Job;
+use super::stop::{FinishReason, StopConditions};
+use super::writing::{Features, Writing, extra_inputs, facts};
 use super::{
-    Candidate, Engine, EngineError, Event, GenerateRequest, Generated, MAX_CANDIDATES, Observer,
-    Timings,
+    Candidate, Completion, Engine, EngineError, Event, GenerateRequest, Generated, MAX_CANDIDATES,
+    Observer, Timings, TokenLogprob,
 };
 use crate::backend::sampling::{SampleRow, Sampled, SamplingParams};
-use crate::backend::{Backend, Batch, Group, PageId};
-use crate::model::forward::Depth;
-use crate::model::text::Detokenizer;
+use crate::backend::{Backend, BackendError};
 use crate::ranker::ExtraInputs;
-use std::ops::ControlFlow;
+use std::collections::BTreeMap;
+use std::ops::{ControlFlow, Range};
 use std::time::Instant;
 
-/// A candidate that is being written.
-pub(super) struct Writing {
-    /// Keys and values of its tokens, but for the last, which has not been through the model yet.
-    pub sequence: Sequence,
-    pub stop: StopState,
-    pub detokenizer: Option<Detokenizer>,
-    pub token_ids: Vec<u32>,
-    pub sampled: Vec<Sampled>,
-}
+/// Rows of logits that are kept at a time: 64 of a vocabulary of 150k are 38 MB.
+const LOGITS_CHUNK: usize = 64;
 
-/// Features of a group, kept on the device while its candidates end one by one.
-pub(super) struct Features<B: Backend> {
-    pub layers: Vec<usize>,
-    /// For each layer `[1 + n, hidden_size]`: the prompt's, then the candidates'.
-    pub rows: Vec<B::Rows>,
-    /// Candidates whose last token's state is not at hand, and which of their tokens that is.
-    pub missing: Vec<(usize, usize)>,
-}
-
-/// Everything that a request holds while it runs.
-pub(super) struct Run<B: Backend> {
-    pub conditions: StopConditions,
-    pub sampling: SamplingParams,
-    pub prefix: Sequence,
+/// A request for candidates, and what there is of them.
+pub(super) struct WriteJob<B: Backend> {
+    pub request: GenerateRequest,
+    conditions: StopConditions,
+    sampling: SamplingParams,
     pub writing: Vec<Writing>,
     pub features: Features<B>,
+    prompt_logprobs: Vec<TokenLogprob>,
+    /// Of the first admission.
+    cached_tokens: Option<usize>,
+    /// Tokens drawn for all candidates, end tokens included.
+    tokens: usize,
+    running: usize,
+    clock: Clock,
+}
+
+/// When what began.
+#[derive(Default)]
+struct Clock {
+    admitted: Option<Instant>,
+    prefilled: Option<Instant>,
+    /// The last candidate's end.
+    written: Option<Instant>,
 }
 
 impl<B: Backend> Engine<B> {
@@ -85,54 +86,87 @@ impl<B: Backend> Engine<B> {
         request: &GenerateRequest,
         observer: &mut Observer,
     ) -> Result<Generated, EngineError> {
-        let conditions = self.check(request)?;
         if request.strategy == Strategy::Beam {
+            let conditions = self.check(request)?;
             return self.beam_search(request, conditions, observer);
         }
-        let greedy = request.strategy == Strategy::Greedy;
+        let group = self.submit(request.clone())?;
+        match self.complete(group, observer)? {
+            Completion::Generated(generated) => Ok(*generated),
+            Completion::Scored(_) => unreachable!("the group was submitted to be written"),
+        }
+    }
+
+    /// Steps until a group has ended. Others that were submitted go on meanwhile; their events go
+    /// unheard, and the next [`step`](Self::step) gives those that ended.
+    pub(super) fn complete(
+        &mut self,
+        group: GroupId,
+        observer: &mut Observer,
+    ) -> Result<Completion, EngineError> {
+        let mut others = Vec::new();
+        loop {
+            let completed = self.step(&mut |id, event| match id == group {
+                true => observer(event),
+                false => ControlFlow::Continue(()),
+            });
+            let mut result = None;
+            for completed in completed {
+                match completed.group == group {
+                    true => result = Some(completed.result),
+                    false => others.push(completed),
+                }
+            }
+            if let Some(result) = result {
+                self.completed = others;
+                return result;
+            }
+        }
+    }
+
+    /// Puts a request in the queue, to be written by [`step`](Self::step).
+    ///
+    /// # Errors
+    /// What is wrong with the request: also [`Strategy::Beam`], which does not run beside others, and
+    /// more tokens than the KV cache has room for.
+    pub fn submit(&mut self, request: GenerateRequest) -> Result<GroupId, EngineError> {
+        let conditions = self.check(&request)?;
+        let greedy = match request.strategy {
+            Strategy::Beam => return Err(EngineError::BeamAlone),
+            strategy => strategy == Strategy::Greedy,
+        };
         let n = if greedy { 1 } else { request.n };
         let mut sampling = request.sampling.clone();
         if greedy {
             sampling.temperature = 0.0;
         }
-        let writing = (0..n).map(|_| self.blank(&conditions)).collect();
-        let features = self.features(request, n)?;
-        let mut run = Run {
-            writing,
-            features,
-            prefix: Sequence::default(),
+        let prompt_len = request.prompt_token_ids.len();
+        let room = self.config().max_position_embeddings - prompt_len;
+        let shape = GroupShape {
+            // The rows of tokens that are not computed have no logits.
+            reads_shared_prompts: request.prompt_logprobs.is_none(),
+            ..GroupShape::write(n, request.max_tokens.min(room))
+        };
+        let features = self.features(&request, n)?;
+        let blank = Writing::new(&conditions, self.tokenizer.as_deref());
+        let group = self.next_group;
+        self.scheduler
+            .submit(group, request.prompt_token_ids[..].into(), shape)?;
+        self.next_group += 1;
+        let job = WriteJob {
+            writing: vec![blank; n],
+            prompt_logprobs: Vec::new(),
+            cached_tokens: None,
+            tokens: 0,
+            running: n,
+            clock: Clock::default(),
+            request,
             conditions,
             sampling,
+            features,
         };
-        let timings = self.write(request, &mut run, observer);
-        self.release(&mut run);
-        self.choose(request, run, timings?)
-    }
-
-    /// A candidate without tokens.
-    pub(super) fn blank(&self, conditions: &StopConditions) -> Writing {
-        Writing {
-            sequence: Sequence::default(),
-            stop: StopState::new(conditions),
-            detokenizer: self
-                .tokenizer
-                .as_ref()
-                .map(|tokenizer| tokenizer.detokenizer(true)),
-            token_ids: Vec::new(),
-            sampled: Vec::new(),
-        }
-    }
-
-    /// Gives back the pages that a request holds.
-    pub(super) fn release(&mut self, run: &mut Run<B>) {
-        for sequence in run
-            .writing
-            .iter_mut()
-            .map(|w| &mut w.sequence)
-            .chain([&mut run.prefix])
-        {
-            sequence.release(&mut self.pages);
-        }
+        self.jobs.insert(group, Job::Write(Box::new(job)));
+        Ok(group)
     }
 
     /// Refuses what cannot be done, before anything is computed.
@@ -161,7 +195,10 @@ impl<B: Backend> Engine<B> {
         if tokens >= context {
             return Err(EngineError::PromptTooLong { tokens, context });
         }
-        let end_tokens = self.end_token_ids();
+        let mut end_tokens = request.stop_token_ids.clone();
+        if !request.ignore_end {
+            end_tokens.extend(self.end_token_ids());
+        }
         Ok(StopConditions::new(
             &end_tokens,
             &request.stop,
@@ -199,235 +236,101 @@ impl<B: Backend> Engine<B> {
         Ok(Features {
             rows: rows.collect::<Result<_, _>>()?,
             layers,
-            missing: Vec::new(),
         })
     }
 
-    /// Prefill, decode until the last candidate has ended, then the features that are missing.
-    fn write(
+    /// The log-probabilities of the tokens behind those of a chunk of the prompt.
+    pub(super) fn prompt_logprobs(
         &mut self,
-        request: &GenerateRequest,
-        run: &mut Run<B>,
-        observer: &mut Observer,
-    ) -> Result<Timings, EngineError> {
-        let mut timings = Timings::default();
-        let last_row = self.open(request, run, observer, &mut timings)?;
-        let layers = run.features.layers.clone();
-        let depth = Depth {
-            layers: self.config().layers,
-            capture: &layers,
-        };
-
-        let started = Instant::now();
-        let mut tokens = 0;
-        let mut running: Vec<usize> = (0..run.writing.len()).collect();
-        let prefix_pages = run.prefix.page_ids();
-        // Every candidate's first token comes from the prompt's last row.
-        let mut logits_rows = vec![last_row];
-        let mut row_of = vec![0; running.len()];
-        while !running.is_empty() {
-            let top = request.top_logprobs;
-            let sampled = self.draw(request, run, &running, &row_of, &logits_rows, top)?;
-            let mut interrupted = false;
-            let mut still = Vec::with_capacity(running.len());
-            for ((&candidate, &row), sampled) in running.iter().zip(&row_of).zip(sampled) {
-                tokens += 1;
-                let (reason, flow) = run.accept(candidate, sampled, observer);
-                interrupted |= flow.is_break();
-                match reason {
-                    None => still.push(candidate),
-                    Some(_) => self.finish(run, candidate, row),
-                }
-            }
-            running = still;
-            let step = Event::Step {
-                tokens,
-                running: running.len(),
-            };
-            if observer(step).is_break() || interrupted {
-                break;
-            }
-            if running.is_empty() {
-                break;
-            }
-            let batch = self.next_batch(run, &running, &prefix_pages)?;
-            self.model.forward(&mut self.state, &batch, depth)?;
-            row_of = (0..running.len()).collect();
-            logits_rows = (0..running.len() as u32).collect();
-        }
-        // Cut off by the observer: their features are those of the text so far.
-        for candidate in running {
-            let last = run.writing[candidate].token_ids.len();
-            run.features.missing.push((candidate, last - 1));
-        }
-        timings.decode_s = started.elapsed().as_secs_f64();
-        timings.decode_tokens_per_s = tokens as f64 / timings.decode_s.max(1e-9);
-
-        let started = Instant::now();
-        self.fetch_missing(run, &prefix_pages)?;
-        timings.features_s = started.elapsed().as_secs_f64();
-        Ok(timings)
-    }
-
-    /// Prefills the prompt and keeps its feature; gives the row of its last token.
-    pub(super) fn open(
-        &mut self,
-        request: &GenerateRequest,
-        run: &mut Run<B>,
-        observer: &mut Observer,
-        timings: &mut Timings,
-    ) -> Result<u32, EngineError> {
-        let depth = Depth {
-            layers: self.config().layers,
-            capture: &run.features.layers,
-        };
-        let started = Instant::now();
-        let prompt = &request.prompt_token_ids;
-        let last_row = self.prefill(prompt, depth, &mut run.prefix, observer)?;
-        timings.prefill_s = started.elapsed().as_secs_f64();
-        self.keep(&mut run.features, last_row as usize, 0);
-        Ok(last_row)
-    }
-
-    /// One token for each running candidate, with the `top_logprobs` most probable ones.
-    pub(super) fn draw(
-        &mut self,
-        request: &GenerateRequest,
-        run: &Run<B>,
-        running: &[usize],
-        row_of: &[usize],
-        logits_rows: &[u32],
-        top_logprobs: usize,
-    ) -> Result<Vec<Sampled>, EngineError> {
-        let prompt = &request.prompt_token_ids;
-        let rows = running.iter().zip(row_of).map(|(&candidate, &row)| {
-            let answer = &run.writing[candidate].token_ids;
-            SampleRow {
-                row,
-                params: &run.sampling,
-                seed: request.seed,
-                candidate: candidate as u32,
-                position: (prompt.len() + answer.len()) as u32,
-                prompt,
-                answer,
-                logit_bias: &[],
-                top_logprobs,
-            }
-        });
-        let rows: Vec<SampleRow> = rows.collect();
-        let logits = self.model.logits(&mut self.state, logits_rows)?;
-        Ok(self.model.backend.sample(logits, &rows)?)
-    }
-
-    /// The last token of each running candidate, behind the shared prompt.
-    pub(super) fn next_batch(
-        &mut self,
-        run: &mut Run<B>,
-        running: &[usize],
-        prefix_pages: &[PageId],
-    ) -> Result<Batch, EngineError> {
-        let mut batch = Batch::default();
-        let mut group = Group {
-            prefix: prefix_pages.to_vec(),
-            prefix_len: run.prefix.len(),
-            segments: Vec::with_capacity(running.len()),
-        };
-        for &candidate in running {
-            let writing = &mut run.writing[candidate];
-            batch.tokens.extend(writing.token_ids.last());
-            group
-                .segments
-                .push(writing.sequence.extend(&mut self.pages, 1)?);
-        }
-        batch.groups.push(group);
-        Ok(batch)
-    }
-
-    /// Keeps a finished candidate's feature if it is at hand in `row` of this step, else notes which
-    /// token it is of.
-    fn finish(&mut self, run: &mut Run<B>, candidate: usize, row: usize) {
-        let writing = &mut run.writing[candidate];
-        let kept = writing.stop.kept_tokens();
-        if run.features.layers.is_empty() {
-            return writing.sequence.release(&mut self.pages);
-        }
-        if kept == 0 {
-            self.keep_prompt(&mut run.features, candidate);
-        } else if kept == writing.sequence.len() {
-            self.keep(&mut run.features, row, 1 + candidate);
-        } else {
-            return run.features.missing.push((candidate, kept - 1));
-        }
-        run.writing[candidate].sequence.release(&mut self.pages);
-    }
-
-    /// Copies a row of the last batch's captured states into the group's features.
-    pub(super) fn keep(&self, features: &mut Features<B>, row: usize, place: usize) {
-        for (layer, rows) in features.layers.iter().zip(&mut features.rows) {
-            self.model
-                .backend
-                .copy_rows(self.state.captured(*layer), &[(row, place)], rows);
-        }
-    }
-
-    /// An empty answer ends where the prompt does.
-    pub(super) fn keep_prompt(&self, features: &mut Features<B>, candidate: usize) {
-        for rows in &mut features.rows {
-            self.model.backend.copy_row_within(rows, 0, 1 + candidate);
-        }
-    }
-
-    /// The states of last tokens that never went through the model, or did so some steps ago: one
-    /// batch through the lower layers.
-    pub(super) fn fetch_missing(
-        &mut self,
-        run: &mut Run<B>,
-        prefix_pages: &[PageId],
-    ) -> Result<(), EngineError> {
-        let missing = std::mem::take(&mut run.features.missing);
-        let Some(&highest) = run.features.layers.last().filter(|_| !missing.is_empty()) else {
+        job: &mut WriteJob<B>,
+        chunk: Range<usize>,
+        first_row: usize,
+    ) -> Result<(), BackendError> {
+        let Some(top_logprobs) = job.request.prompt_logprobs else {
             return Ok(());
         };
-        let mut batch = Batch::default();
-        let mut group = Group {
-            prefix: prefix_pages.to_vec(),
-            prefix_len: run.prefix.len(),
-            segments: Vec::with_capacity(missing.len()),
+        let prompt = &job.request.prompt_token_ids;
+        // After a preemption, what is there already is left out.
+        let from = chunk.start.max(job.prompt_logprobs.len());
+        let indices: Vec<usize> = (from..chunk.end.min(prompt.len() - 1)).collect();
+        let most_probable = SamplingParams {
+            temperature: 0.0,
+            ..SamplingParams::default()
         };
-        for &(candidate, index) in &missing {
-            let Writing {
-                sequence,
-                token_ids,
-                ..
-            } = &mut run.writing[candidate];
-            batch.tokens.push(token_ids[index]);
-            group.segments.push(match index < sequence.len() {
-                true => sequence.again(index),
-                false => sequence.extend(&mut self.pages, 1)?,
-            });
-        }
-        batch.groups.push(group);
-        let depth = Depth {
-            layers: highest,
-            capture: &run.features.layers,
-        };
-        self.model.forward(&mut self.state, &batch, depth)?;
-        for (row, &(candidate, _)) in missing.iter().enumerate() {
-            self.keep(&mut run.features, row, 1 + candidate);
+        for indices in indices.chunks(LOGITS_CHUNK) {
+            let rows = indices.iter().map(|i| (first_row + i - chunk.start) as u32);
+            let rows: Vec<u32> = rows.collect();
+            let targets: Vec<u32> = indices.iter().map(|i| prompt[i + 1]).collect();
+            let logits = self.model.logits(&mut self.state, &rows)?;
+            let logprobs = self.model.backend.token_logprobs(logits, &targets)?;
+            let mut top = vec![Vec::new(); rows.len()];
+            if top_logprobs > 0 {
+                let rows = (0..rows.len()).map(|row| SampleRow {
+                    row,
+                    params: &most_probable,
+                    seed: 0,
+                    candidate: 0,
+                    position: 0,
+                    prompt: &[],
+                    answer: &[],
+                    logit_bias: &[],
+                    top_logprobs,
+                });
+                let sampled = self
+                    .model
+                    .backend
+                    .sample(logits, &rows.collect::<Vec<_>>())?;
+                top = sampled.into_iter().map(|s| s.top_logprobs).collect();
+            }
+            let both = logprobs.into_iter().zip(top);
+            job.prompt_logprobs
+                .extend(both.map(|(logprob, top)| TokenLogprob { logprob, top }));
         }
         Ok(())
+    }
+
+    /// The result of a group that has ended.
+    pub(super) fn finish_write(&self, job: WriteJob<B>) -> Result<Generated, EngineError> {
+        let now = Instant::now();
+        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.duration_since(from).as_secs_f64(),
+            _ => 0.0,
+        };
+        let Clock {
+            admitted,
+            prefilled,
+            written,
+        } = job.clock;
+        let written = written.or(Some(now));
+        let decode_s = seconds(prefilled, written);
+        let timings = Timings {
+            prefill_s: seconds(admitted, prefilled),
+            decode_s,
+            features_s: seconds(written, Some(now)),
+            rank_s: 0.0,
+            decode_tokens_per_s: job.tokens as f64 / decode_s.max(1e-9),
+        };
+        let generated = self.choose(&job.request, job.writing, &job.features, timings)?;
+        Ok(Generated {
+            prompt_logprobs: job.prompt_logprobs,
+            cached_tokens: job.cached_tokens.unwrap_or(0),
+            ..generated
+        })
     }
 
     /// Ranks, selects, and puts everything into words.
     pub(super) fn choose(
         &self,
         request: &GenerateRequest,
-        run: Run<B>,
+        writing: Vec<Writing>,
+        features: &Features<B>,
         mut timings: Timings,
     ) -> Result<Generated, EngineError> {
-        let Features { layers, rows, .. } = &run.features;
-        let mut candidates: Vec<Candidate> =
-            run.writing.into_iter().enumerate().map(finished).collect();
+        let Features { layers, rows } = features;
+        let writing = writing.into_iter().enumerate();
+        let mut candidates: Vec<Candidate> = writing
+            .map(|(index, writing)| writing.finished(index))
+            .collect();
         let at = |layer: usize| layers.iter().position(|l| *l == layer);
         let read = |layer: usize, row: usize| match at(layer) {
             Some(at) => self.model.backend.read_row(&rows[at], row),
@@ -463,100 +366,114 @@ impl<B: Backend> Engine<B> {
             selected,
             prompt_features: of_row(0)?,
             candidates,
+            prompt_logprobs: Vec::new(),
+            cached_tokens: 0,
             timings,
         })
     }
 }
 
-impl<B: Backend> Run<B> {
-    /// Takes a drawn token; says whether it was the candidate's last, and whether to go on at all.
-    fn accept(
+impl<B: Backend> WriteJob<B> {
+    pub fn admitted(&mut self, cached_tokens: usize) {
+        self.cached_tokens.get_or_insert(cached_tokens);
+        self.clock.admitted.get_or_insert_with(Instant::now);
+    }
+
+    pub fn prefilled(&mut self) {
+        self.clock.prefilled.get_or_insert_with(Instant::now);
+    }
+
+    /// Whether every candidate has drawn its first token.
+    pub fn has_tokens(&self) -> bool {
+        self.tokens > 0
+    }
+
+    /// Bias of every token that has one for a candidate's next.
+    pub fn logit_bias(&self, candidate: usize) -> Vec<(u32, f32)> {
+        let GenerateRequest {
+            logit_bias,
+            presence_penalty,
+            frequency_penalty,
+            ..
+        } = &self.request;
+        if *presence_penalty == 0.0 && *frequency_penalty == 0.0 {
+            return logit_bias.clone();
+        }
+        let mut counts: BTreeMap<u32, f32> = BTreeMap::new();
+        for &token in &self.writing[candidate].token_ids {
+            *counts.entry(token).or_default() += 1.0;
+        }
+        let mut biases: BTreeMap<u32, f32> = counts
+            .into_iter()
+            .map(|(token, count)| (token, -presence_penalty - frequency_penalty * count))
+            .collect();
+        for (token, bias) in logit_bias {
+            *biases.entry(*token).or_default() += bias;
+        }
+        biases.into_iter().collect()
+    }
+
+    /// What a candidate's next token is drawn with, from this row of logits; without its bias.
+    pub fn sample_row(&self, candidate: usize, row: usize) -> SampleRow<'_> {
+        let prompt = &self.request.prompt_token_ids;
+        let answer = &self.writing[candidate].token_ids;
+        SampleRow {
+            row,
+            params: &self.sampling,
+            seed: self.request.seed,
+            candidate: candidate as u32,
+            position: (prompt.len() + answer.len()) as u32,
+            prompt,
+            answer,
+            logit_bias: &[],
+            top_logprobs: self.request.top_logprobs,
+        }
+    }
+
+    /// Takes a drawn token; says whether it was the candidate's last. After a `Break` the observer
+    /// hears no more.
+    pub fn accept(
         &mut self,
         candidate: usize,
         sampled: Sampled,
-        observer: &mut Observer,
-    ) -> (Option<FinishReason>, ControlFlow<()>) {
+        observer: &mut dyn FnMut(Event) -> ControlFlow<()>,
+        flow: &mut ControlFlow<()>,
+    ) -> bool {
+        self.tokens += 1;
         let writing = &mut self.writing[candidate];
         let (token, logprob) = (sampled.token, sampled.logprob);
         let reason = writing.push(&self.conditions, sampled);
-        let mut flow = ControlFlow::Continue(());
+        let mut tell = |event: Event| {
+            if flow.is_continue() {
+                *flow = observer(event);
+            }
+        };
         if reason != Some(FinishReason::Stop) {
-            flow = observer(Event::Token {
+            tell(Event::Token {
                 candidate,
                 token,
                 logprob,
             });
         }
         let piece = writing.stop.stream();
-        if !piece.is_empty() && flow.is_continue() {
-            flow = observer(Event::Text { candidate, piece });
+        if !piece.is_empty() {
+            tell(Event::Text { candidate, piece });
         }
-        if let (Some(reason), true) = (reason, flow.is_continue()) {
-            flow = observer(Event::Finished { candidate, reason });
+        if let Some(reason) = reason {
+            tell(Event::Finished { candidate, reason });
+            self.running -= 1;
+            if self.running == 0 {
+                self.clock.written = Some(Instant::now());
+            }
         }
-        (reason, flow)
+        reason.is_some()
     }
-}
 
-impl Writing {
-    /// Takes the next token; says why it was the last, if it was.
-    pub fn push(&mut self, conditions: &StopConditions, sampled: Sampled) -> Option<FinishReason> {
-        let piece = self
-            .detokenizer
-            .as_mut()
-            .map_or("", |d| d.push(sampled.token));
-        let reason = self.stop.push(conditions, sampled.token, piece);
-        if reason != Some(FinishReason::Stop) {
-            self.token_ids.push(sampled.token);
-            self.sampled.push(sampled);
+    /// What there is to say of the step that is over.
+    pub fn step_event(&self) -> Event<'static> {
+        Event::Step {
+            tokens: self.tokens,
+            running: self.running,
         }
-        reason?;
-        let rest = self.detokenizer.as_mut().map_or("", |d| d.finish());
-        let reason = self.stop.close(conditions, rest);
-        self.token_ids.truncate(self.stop.kept_tokens());
-        self.sampled.truncate(self.stop.kept_tokens());
-        reason
-    }
-}
-
-fn finished((index, writing): (usize, Writing)) -> Candidate {
-    let tokens = writing.sampled.len().max(1) as f64;
-    let certainty: f64 = writing
-        .sampled
-        .iter()
-        .map(|s| f64::from(s.self_certainty))
-        .sum();
-    Candidate {
-        index,
-        text: writing.stop.text().to_string(),
-        token_ids: writing.token_ids,
-        finish_reason: writing.stop.finish_reason(),
-        token_logprobs: writing.sampled.iter().map(|s| s.logprob).collect(),
-        self_certainty: certainty / tokens,
-        top_logprobs: writing
-            .sampled
-            .into_iter()
-            .map(|s| s.top_logprobs)
-            .collect(),
-        score: None,
-        features: Vec::new(),
-    }
-}
-
-/// What decoding knows of a candidate beside its feature.
-fn extra_inputs(candidate: &Candidate) -> ExtraInputs {
-    ExtraInputs {
-        mean_logprob: candidate.mean_logprob() as f32,
-        length: candidate.token_ids.len() as f32,
-    }
-}
-
-fn facts(candidate: &Candidate) -> CandidateFacts<'_> {
-    CandidateFacts {
-        text: &candidate.text,
-        cumulative_logprob: candidate.cumulative_logprob(),
-        tokens: candidate.token_ids.len(),
-        self_certainty: candidate.self_certainty,
-        score: candidate.score,
     }
 }

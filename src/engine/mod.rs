@@ -1,47 +1,84 @@
 //! The engine: candidate groups from prompt to choice.
 //!
 //! [`Engine::generate`] writes N candidates as one batch and chooses; [`Engine::score`] computes the
-//! features and log-probabilities of candidates that came from elsewhere. What decides without a
-//! model is in modules of its own: sampling parameters, stop conditions, selection, pages.
+//! features and log-probabilities of candidates that came from elsewhere. Both are groups of the
+//! [`scheduler`], which any number of requests share. What decides without a model is in modules of
+//! its own: scheduling, stop conditions, selection.
 
 pub mod answer;
 mod beam;
 mod error;
 mod generate;
-pub mod pages;
 mod request;
+pub mod scheduler;
 mod score;
 pub mod select;
-mod sequence;
+#[cfg(test)]
+mod shared_batch_tests;
+mod step;
 pub mod stop;
 #[cfg(test)]
 mod tests;
+mod writing;
 
 pub use error::EngineError;
 pub use request::{
-    Candidate, Event, GenerateRequest, Generated, Observer, ScoreRequest, Scored, Timings,
+    Candidate, Completed, Completion, Event, GenerateRequest, Generated, GroupObserver, Observer,
+    ScoreRequest, Scored, Timings, TokenLogprob,
 };
 
-use crate::backend::{Backend, BackendError, Batch, Group};
+use crate::backend::{Backend, BackendError};
 use crate::model::config::ModelConfig;
-use crate::model::forward::{Depth, Model, State};
+use crate::model::forward::{Model, State};
 use crate::model::text::Tokenizer;
 use crate::ranker::Ranker;
-use pages::PagePool;
-use sequence::Sequence;
+use scheduler::{GroupId, Limits, Scheduler};
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use step::Job;
 
 /// Most candidates of a request: what a ranker is built for, and far beyond what pays.
 pub const MAX_CANDIDATES: usize = 1024;
-/// Prompt tokens that go through the model at a time.
+
+/// Prompt tokens that go through the model at a time, where a request runs by itself.
 const PREFILL_CHUNK: usize = 512;
 
-/// A model ready to serve requests, one at a time.
+/// A model ready to serve requests, many at a time.
+///
+/// [`submit`](Engine::submit) and [`submit_score`](Engine::submit_score) put requests in a queue,
+/// [`step`](Engine::step) computes the next batch of all that run. [`generate`](Engine::generate) and
+/// [`score`](Engine::score) do both for one request. What comes of a request does not depend on what
+/// else is running.
 pub struct Engine<B: Backend> {
     model: Model<B>,
     state: State<B>,
-    pages: PagePool,
+    scheduler: Scheduler,
     tokenizer: Option<Arc<Tokenizer>>,
+    /// The scheduler's groups.
+    jobs: BTreeMap<GroupId, Job<B>>,
+    next_group: GroupId,
+    /// Groups that ended while somebody waited for another one.
+    completed: Vec<Completed>,
+    preemptions: u64,
+    computed_tokens: u64,
+}
+
+/// What an engine is busy with, and has been.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Groups that are being computed, and groups that wait for memory.
+    pub running: usize,
+    pub waiting: usize,
+    /// Candidates of the running groups.
+    pub candidates: usize,
+    /// Pages of the KV cache: all, those of running groups, and those that keep earlier prompts (of
+    /// which running groups may be using some).
+    pub pages: usize,
+    pub used_pages: usize,
+    pub cached_pages: usize,
+    /// Since the start: groups that lost their pages for a while, and rows that went through the model.
+    pub preemptions: u64,
+    pub computed_tokens: u64,
 }
 
 impl<B: Backend> Engine<B> {
@@ -59,9 +96,55 @@ impl<B: Backend> Engine<B> {
         Ok(Engine {
             model,
             state,
-            pages: PagePool::new(usize::MAX),
+            scheduler: Scheduler::new(Limits::default()),
             tokenizer: None,
+            jobs: BTreeMap::new(),
+            next_group: 0,
+            completed: Vec::new(),
+            preemptions: 0,
+            computed_tokens: 0,
         })
+    }
+
+    /// The engine with other limits. Requests that were submitted are forgotten.
+    pub fn with_limits(self, limits: Limits) -> Engine<B> {
+        Engine {
+            scheduler: Scheduler::new(limits),
+            jobs: BTreeMap::new(),
+            completed: Vec::new(),
+            ..self
+        }
+    }
+
+    /// Bytes of a page of the KV cache.
+    pub fn page_bytes(&self) -> usize {
+        self.model.backend.kv_page_bytes(self.model.kv_shape())
+    }
+
+    /// Forgets a request; its memory is free at once. Says whether it was there.
+    pub fn cancel(&mut self, group: GroupId) -> bool {
+        self.scheduler.cancel(group);
+        self.jobs.remove(&group).is_some()
+    }
+
+    /// Whether nothing is left to be computed.
+    pub fn is_idle(&self) -> bool {
+        self.jobs.is_empty()
+    }
+
+    pub fn load(&self) -> Load {
+        let (running, waiting) = self.scheduler.running_and_waiting();
+        let pages = self.scheduler.pages();
+        Load {
+            running,
+            waiting,
+            candidates: self.scheduler.running_candidates(),
+            pages: pages.capacity(),
+            used_pages: pages.used_pages(),
+            cached_pages: self.scheduler.cached_pages(),
+            preemptions: self.preemptions,
+            computed_tokens: self.computed_tokens,
+        }
     }
 
     pub fn model(&self) -> &Model<B> {
@@ -111,40 +194,5 @@ impl<B: Backend> Engine<B> {
             return Err(EngineError::EmptyPrompt);
         }
         self.check_tokens(|| "the prompt".to_string(), prompt)
-    }
-
-    /// Runs a prompt through the first `depth.layers` layers, in chunks. What the last chunk captured
-    /// stays in the state; its last row is the prompt's last token, whose index is returned. An
-    /// observer that breaks off gets [`EngineError::Interrupted`].
-    fn prefill(
-        &mut self,
-        prompt: &[u32],
-        depth: Depth,
-        sequence: &mut Sequence,
-        observer: &mut Observer,
-    ) -> Result<u32, EngineError> {
-        let mut last_row = 0;
-        for chunk in prompt.chunks(PREFILL_CHUNK) {
-            let segment = sequence.extend(&mut self.pages, chunk.len())?;
-            let group = Group {
-                segments: vec![segment],
-                ..Group::default()
-            };
-            let batch = Batch {
-                tokens: chunk.to_vec(),
-                groups: vec![group],
-            };
-            self.model.forward(&mut self.state, &batch, depth)?;
-            last_row = chunk.len() as u32 - 1;
-            if observer(Event::Prefill {
-                done: sequence.len(),
-                total: prompt.len(),
-            })
-            .is_break()
-            {
-                return Err(EngineError::Interrupted);
-            }
-        }
-        Ok(last_row)
     }
 }

@@ -1,5 +1,7 @@
 //! What the engine is asked for and what it gives.
 
+use super::error::EngineError;
+use super::scheduler::GroupId;
 use super::select::Strategy;
 use super::stop::FinishReason;
 use crate::backend::sampling::SamplingParams;
@@ -27,6 +29,19 @@ pub struct GenerateRequest {
     pub feature_layers: Vec<usize>,
     /// How many of the most probable tokens to report at each position.
     pub top_logprobs: usize,
+    /// Report the log-probability of each token of the prompt too, with as many of the most probable
+    /// ones.
+    pub prompt_logprobs: Option<usize>,
+    /// Added to logits: (token, bias).
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Taken from the logit of every token that the answer has already.
+    pub presence_penalty: f32,
+    /// Taken from a token's logit for each time that the answer has it.
+    pub frequency_penalty: f32,
+    /// Tokens that end an answer beside the model's own.
+    pub stop_token_ids: Vec<u32>,
+    /// Go on behind the model's own end tokens.
+    pub ignore_end: bool,
 }
 
 impl GenerateRequest {
@@ -43,6 +58,12 @@ impl GenerateRequest {
             ranker: None,
             feature_layers: Vec::new(),
             top_logprobs: 0,
+            prompt_logprobs: None,
+            logit_bias: Vec::new(),
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            stop_token_ids: Vec::new(),
+            ignore_end: false,
         }
     }
 }
@@ -92,7 +113,20 @@ pub struct Generated {
     pub selected: usize,
     /// The state of the prompt's last token after each layer of `feature_layers`.
     pub prompt_features: Vec<Vec<f32>>,
+    /// For each token of the prompt but the first, what was asked for in `prompt_logprobs`.
+    pub prompt_logprobs: Vec<TokenLogprob>,
+    /// Tokens of the prompt that were in the cache already.
+    pub cached_tokens: usize,
     pub timings: Timings,
+}
+
+/// How probable a given token was.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogprob {
+    /// Natural logarithm.
+    pub logprob: f32,
+    /// The most probable tokens at its place, best first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// Wall times in seconds.
@@ -129,6 +163,23 @@ pub enum Event<'a> {
     /// A decode step is over: tokens of all candidates so far, candidates still running.
     Step { tokens: usize, running: usize },
 }
+
+/// What came of a request that was [submitted](super::Engine::submit).
+#[derive(Debug)]
+pub struct Completed {
+    pub group: GroupId,
+    pub result: Result<Completion, EngineError>,
+}
+
+/// A request's result, by its kind.
+#[derive(Debug)]
+pub enum Completion {
+    Generated(Box<Generated>),
+    Scored(Box<Scored>),
+}
+
+/// Told of every event of every group. `Break` ends that group, as for an [`Observer`].
+pub type GroupObserver<'a> = dyn FnMut(GroupId, Event) -> ControlFlow<()> + 'a;
 
 /// Told of every event; `Break` ends the request with the texts so far, or, before the first
 /// token, with [`EngineError::Interrupted`](super::EngineError::Interrupted).

@@ -1,19 +1,26 @@
 //! The scoring entrance: features and log-probabilities of candidates that came from elsewhere.
 //!
-//! The prompt is prefilled once; the candidates follow it as one ragged batch, cut into pieces of
-//! bounded size. Layers above the highest that is asked for are not run, and neither is the LM head,
+//! The prompt is prefilled once; the candidates follow it as one ragged batch, cut into pieces by the
+//! scheduler. Layers above the highest that is asked for are not run, and neither is the LM head,
 //! unless log-probabilities are wanted.
 
-use super::sequence::Sequence;
-use super::{Engine, EngineError, ScoreRequest, Scored};
-use crate::backend::{Backend, Batch, Group};
-use crate::model::forward::Depth;
+use super::scheduler::{GroupId, GroupShape, Purpose, Work};
+use super::step::{Job, last_rows};
+use super::{Completion, Engine, EngineError, ScoreRequest, Scored};
+use crate::backend::{Backend, BackendError};
+use crate::model::forward::{Model, State};
 use std::ops::ControlFlow;
 
-/// Candidate tokens that go through the model at a time.
-const SCORE_CHUNK: usize = 512;
 /// Rows of logits that are kept at a time: 64 of a vocabulary of 150k are 38 MB.
 const LOGITS_CHUNK: usize = 64;
+
+/// Given candidates, and what is known of them.
+pub(super) struct ScoreJob {
+    pub request: ScoreRequest,
+    /// The layers asked for, each once, ascending.
+    pub layers: Vec<usize>,
+    pub scored: Scored,
+}
 
 impl<B: Backend> Engine<B> {
     /// Computes features and log-probabilities of given candidates.
@@ -22,6 +29,18 @@ impl<B: Backend> Engine<B> {
     /// An empty prompt, a token beyond the vocabulary, a candidate beyond the context, a layer that
     /// does not exist.
     pub fn score(&mut self, request: &ScoreRequest) -> Result<Scored, EngineError> {
+        let group = self.submit_score(request.clone())?;
+        match self.complete(group, &mut |_| ControlFlow::Continue(()))? {
+            Completion::Scored(scored) => Ok(*scored),
+            Completion::Generated(_) => unreachable!("the group was submitted to be scored"),
+        }
+    }
+
+    /// Puts given candidates in the queue, to be computed by [`step`](Self::step).
+    ///
+    /// # Errors
+    /// Those of [`score`](Self::score), and more tokens than the KV cache has room for.
+    pub fn submit_score(&mut self, request: ScoreRequest) -> Result<GroupId, EngineError> {
         self.check_prompt(&request.prompt_token_ids)?;
         self.check_layers(&request.layers)?;
         let (prompt, context) = (
@@ -45,161 +64,134 @@ impl<B: Backend> Engine<B> {
                 });
             }
         }
-        let mut prefix = Sequence::default();
-        let mut suffixes = Vec::new();
-        let scored = self.score_in(request, &mut prefix, &mut suffixes);
-        for sequence in suffixes.iter_mut().chain([&mut prefix]) {
-            sequence.release(&mut self.pages);
-        }
-        scored
-    }
-
-    fn score_in(
-        &mut self,
-        request: &ScoreRequest,
-        prefix: &mut Sequence,
-        suffixes: &mut Vec<Sequence>,
-    ) -> Result<Scored, EngineError> {
+        let shape = GroupShape {
+            given: request.candidate_token_ids.iter().map(Vec::len).collect(),
+            // Keys and values of the upper layers are there with log-probabilities only.
+            shares_prompt: request.logprobs,
+            ..GroupShape::write(0, 0)
+        };
+        let group = self.next_group;
+        self.scheduler
+            .submit(group, request.prompt_token_ids[..].into(), shape)?;
+        self.next_group += 1;
+        let mut layers = request.layers.clone();
+        layers.sort_unstable();
+        layers.dedup();
         let candidates = &request.candidate_token_ids;
-        let highest = request.layers.iter().copied().max().unwrap_or(0);
-        let layers = if request.logprobs {
-            self.config().layers
-        } else {
-            highest
+        let scored = Scored {
+            prompt_features: Vec::new(),
+            candidate_features: vec![Vec::new(); candidates.len()],
+            token_logprobs: candidates
+                .iter()
+                .map(|tokens| vec![f32::NAN; if request.logprobs { tokens.len() } else { 0 }])
+                .collect(),
         };
-        let depth = Depth {
+        let job = ScoreJob {
+            request,
             layers,
-            capture: &request.layers,
+            scored,
         };
-        let prompt = &request.prompt_token_ids;
-        let proceed = &mut |_: super::Event| ControlFlow::Continue(());
-        let last_row = self.prefill(prompt, depth, prefix, proceed)?;
-        let prompt_features = self.captured_row(&request.layers, last_row as usize)?;
-        let mut scored = Scored {
-            candidate_features: vec![prompt_features.clone(); candidates.len()],
-            prompt_features,
-            token_logprobs: candidates.iter().map(|_| Vec::new()).collect(),
-        };
-        if request.logprobs {
-            // The prompt's last row predicts every candidate's first token.
-            let first = candidates.iter().map(|tokens| tokens.first());
-            let targets: Vec<(usize, u32)> = first
-                .enumerate()
-                .filter_map(|(i, token)| Some((i, *token?)))
+        self.jobs.insert(group, Job::Score(Box::new(job)));
+        Ok(group)
+    }
+
+    /// Log-probabilities of the tokens that follow those of a batch's rows.
+    pub(super) fn score_logprobs(
+        &mut self,
+        job: &mut ScoreJob,
+        work: &Work,
+        first_row: usize,
+    ) -> Result<(), BackendError> {
+        if !job.request.logprobs {
+            return Ok(());
+        }
+        let candidates = &job.request.candidate_token_ids;
+        // (row, candidate, index of the token that the row predicts)
+        let mut predictions = Vec::new();
+        match work {
+            Work::Prefill { tokens, .. } if tokens.end == job.request.prompt_token_ids.len() => {
+                let row = first_row + tokens.len() - 1;
+                let not_empty = (0..candidates.len()).filter(|&c| !candidates[c].is_empty());
+                predictions.extend(not_empty.map(|candidate| (row, candidate, 0)));
+            }
+            Work::Prefill { .. } => {}
+            Work::Candidates(pieces) => {
+                for (last_row, piece) in last_rows(pieces, first_row) {
+                    let last = piece.tokens.end - 1;
+                    for index in piece.tokens.clone() {
+                        if index + 1 < candidates[piece.candidate].len() {
+                            let row = last_row - (last - index);
+                            predictions.push((row, piece.candidate, index + 1));
+                        }
+                    }
+                }
+            }
+        }
+        for chunk in predictions.chunks(LOGITS_CHUNK) {
+            let rows: Vec<u32> = chunk.iter().map(|&(row, ..)| row as u32).collect();
+            let targets: Vec<u32> = chunk
+                .iter()
+                .map(|&(_, c, index)| candidates[c][index])
                 .collect();
-            for chunk in targets.chunks(LOGITS_CHUNK) {
-                let rows: Vec<_> = chunk.iter().map(|&(_, token)| (last_row, token)).collect();
-                for (logprob, (candidate, _)) in self.logprobs(&rows)?.into_iter().zip(chunk) {
-                    scored.token_logprobs[*candidate].push(logprob);
-                }
+            let logits = self.model.logits(&mut self.state, &rows)?;
+            let logprobs = self.model.backend.token_logprobs(logits, &targets)?;
+            for (logprob, &(_, candidate, index)) in logprobs.into_iter().zip(chunk) {
+                job.scored.token_logprobs[candidate][index] = logprob;
             }
         }
-        suffixes.extend(candidates.iter().map(|_| Sequence::default()));
-        for pieces in cut(candidates) {
-            let mut group = Group {
-                prefix: prefix.page_ids(),
-                prefix_len: prefix.len(),
-                segments: Vec::new(),
-            };
-            let mut tokens = Vec::new();
-            // (row, token that it predicts, candidate)
-            let mut predictions = Vec::new();
-            let mut last_rows = Vec::new();
-            for (candidate, range) in pieces {
-                let all = &candidates[candidate];
-                group
-                    .segments
-                    .push(suffixes[candidate].extend(&mut self.pages, range.len())?);
-                for index in range {
-                    let row = tokens.len();
-                    tokens.push(all[index]);
-                    match all.get(index + 1) {
-                        Some(&next) => predictions.push((row as u32, next, candidate)),
-                        None => last_rows.push((row, candidate)),
-                    }
-                }
-            }
-            let batch = Batch {
-                tokens,
-                groups: vec![group],
-            };
-            self.model.forward(&mut self.state, &batch, depth)?;
-            for (row, candidate) in last_rows {
-                scored.candidate_features[candidate] = self.captured_row(&request.layers, row)?;
-                // Nothing reads this candidate's keys and values any more.
-                suffixes[candidate].release(&mut self.pages);
-            }
-            if request.logprobs {
-                for chunk in predictions.chunks(LOGITS_CHUNK) {
-                    let rows: Vec<_> = chunk.iter().map(|&(row, token, _)| (row, token)).collect();
-                    for (logprob, &(_, _, candidate)) in
-                        self.logprobs(&rows)?.into_iter().zip(chunk)
+        Ok(())
+    }
+}
+
+impl ScoreJob {
+    /// Layers to run, of a model that has `all`.
+    pub fn deepest(&self, all: usize) -> usize {
+        match self.request.logprobs {
+            true => all,
+            false => self.layers.last().copied().unwrap_or(0),
+        }
+    }
+
+    /// Keeps the features that are among a batch's rows.
+    pub fn take_rows<B: Backend>(
+        &mut self,
+        model: &Model<B>,
+        state: &State<B>,
+        work: &Work,
+        first_row: usize,
+    ) -> Result<(), EngineError> {
+        let read = |row: usize| -> Result<Vec<Vec<f32>>, BackendError> {
+            let layers = self.request.layers.iter();
+            layers
+                .map(|&layer| model.backend.read_row(state.captured(layer), row))
+                .collect()
+        };
+        match work {
+            Work::Prefill { tokens, .. } => {
+                if tokens.end == self.request.prompt_token_ids.len() {
+                    let features = read(first_row + tokens.len() - 1)?;
+                    // The prompt's end is the end of an empty candidate.
+                    for (tokens, place) in self
+                        .request
+                        .candidate_token_ids
+                        .iter()
+                        .zip(&mut self.scored.candidate_features)
                     {
-                        scored.token_logprobs[candidate].push(logprob);
+                        if tokens.is_empty() {
+                            place.clone_from(&features);
+                        }
+                    }
+                    self.scored.prompt_features = features;
+                }
+            }
+            Work::Candidates(pieces) => {
+                for (row, piece) in last_rows(pieces, first_row) {
+                    if piece.purpose == Purpose::State {
+                        self.scored.candidate_features[piece.candidate] = read(row)?;
                     }
                 }
             }
         }
-        Ok(scored)
-    }
-
-    /// Log-probability of a token in each row of the last batch: `(row, token)`.
-    fn logprobs(&mut self, rows: &[(u32, u32)]) -> Result<Vec<f32>, EngineError> {
-        let (rows, tokens): (Vec<u32>, Vec<u32>) = rows.iter().copied().unzip();
-        let logits = self.model.logits(&mut self.state, &rows)?;
-        Ok(self.model.backend.token_logprobs(logits, &tokens)?)
-    }
-
-    /// One row of the last batch after each of the captured layers.
-    pub(super) fn captured_row(
-        &self,
-        layers: &[usize],
-        row: usize,
-    ) -> Result<Vec<Vec<f32>>, EngineError> {
-        let read = |&layer: &usize| self.model.backend.read_row(self.state.captured(layer), row);
-        Ok(layers.iter().map(read).collect::<Result<_, _>>()?)
-    }
-}
-
-/// Cuts candidates into batches of at most [`SCORE_CHUNK`] tokens: of each batch, the candidates and
-/// the ranges of their tokens.
-fn cut(candidates: &[Vec<u32>]) -> Vec<Vec<(usize, std::ops::Range<usize>)>> {
-    let mut batches: Vec<Vec<_>> = Vec::new();
-    let mut room = 0;
-    for (candidate, tokens) in candidates.iter().enumerate() {
-        let mut start = 0;
-        while start < tokens.len() {
-            if room == 0 {
-                batches.push(Vec::new());
-                room = SCORE_CHUNK;
-            }
-            let end = tokens.len().min(start + room);
-            if let Some(batch) = batches.last_mut() {
-                batch.push((candidate, start..end));
-            }
-            room -= end - start;
-            start = end;
-        }
-    }
-    batches
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_token_is_in_one_batch_and_none_is_too_large() {
-        let lengths = [1, 0, SCORE_CHUNK, 3, 2 * SCORE_CHUNK + 5, 0, 7];
-        let candidates: Vec<Vec<u32>> = lengths.iter().map(|&n| vec![0; n]).collect();
-        let mut next = vec![0; candidates.len()];
-        for batch in cut(&candidates) {
-            assert!(batch.iter().map(|(_, range)| range.len()).sum::<usize>() <= SCORE_CHUNK);
-            for (candidate, range) in batch {
-                assert_eq!(range.start, next[candidate]);
-                next[candidate] = range.end;
-            }
-        }
-        assert_eq!(next, lengths);
+        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Requests that are broken off: what the caller gets, that all pages come back, and that the next
 //! request does not notice.
 
-use super::pages::PagePool;
+use super::scheduler::Limits;
 use super::select::Strategy;
 use super::{
     Candidate, Engine, EngineError, Event, GenerateRequest, Generated, PREFILL_CHUNK, ScoreRequest,
@@ -78,7 +78,7 @@ fn an_observer_that_breaks_off_prefill_gets_an_error_and_leaves_nothing_behind()
     for strategy in STRATEGIES {
         let request = request(strategy, 2 * PREFILL_CHUNK + 100);
         let expected = complete(&mut engine, &request);
-        assert_eq!(engine.pages.used_pages(), 0);
+        assert_eq!(engine.load().used_pages, 0);
         for chunk in 0..3 {
             let mut heard = Vec::new();
             let interrupted = engine.generate(&request, &mut |event| {
@@ -100,7 +100,7 @@ fn an_observer_that_breaks_off_prefill_gets_an_error_and_leaves_nothing_behind()
             let total = request.prompt_token_ids.len();
             let done = |chunk: usize| (total.min((chunk + 1) * PREFILL_CHUNK), total);
             assert_eq!(heard, (0..=chunk).map(done).collect::<Vec<_>>());
-            assert_eq!(engine.pages.used_pages(), 0, "{strategy:?}, chunk {chunk}");
+            assert_eq!(engine.load().used_pages, 0, "{strategy:?}, chunk {chunk}");
             assert_same(&complete(&mut engine, &request), &expected);
         }
     }
@@ -116,7 +116,7 @@ fn a_request_that_is_broken_off_anywhere_gives_what_it_has_and_all_pages_back() 
         let expected = complete(&mut engine, &request);
         for event in 0.. {
             let (generated, broken_off) = break_at(&mut engine, &request, event);
-            assert_eq!(engine.pages.used_pages(), 0, "{strategy:?}, event {event}");
+            assert_eq!(engine.load().used_pages, 0, "{strategy:?}, event {event}");
             match generated {
                 Err(interrupted) => {
                     assert!(matches!(interrupted, EngineError::Interrupted));
@@ -160,16 +160,19 @@ fn a_request_that_runs_out_of_pages_gives_them_back() {
     };
     let mut refused = 0;
     for capacity in 0..20 {
-        engine.pages = PagePool::new(capacity);
+        engine = engine.with_limits(Limits {
+            pages: capacity,
+            ..Limits::default()
+        });
         for strategy in STRATEGIES {
             let outcome = whole(&mut engine, strategy);
             refused += usize::from(matches!(outcome, Err(EngineError::Pages(_))));
             assert!(matches!(outcome, Ok(()) | Err(EngineError::Pages(_))));
-            assert_eq!(engine.pages.used_pages(), 0, "{strategy:?} of {capacity}");
+            assert_eq!(engine.load().used_pages, 0, "{strategy:?} of {capacity}");
         }
         let outcome = score(&mut engine);
         assert!(matches!(outcome, Ok(()) | Err(EngineError::Pages(_))));
-        assert_eq!(engine.pages.used_pages(), 0, "scoring with {capacity}");
+        assert_eq!(engine.load().used_pages, 0, "scoring with {capacity}");
     }
     assert!(refused > 10, "only {refused} requests ran out of pages");
     assert!(whole(&mut engine, Strategy::Beam).is_ok() && score(&mut engine).is_ok());

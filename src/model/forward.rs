@@ -117,6 +117,16 @@ impl<B: Backend> Model<B> {
         })
     }
 
+    /// Keys and values of a token.
+    pub fn kv_shape(&self) -> KvShape {
+        KvShape {
+            layers: self.config.layers,
+            heads: self.config.heads,
+            kv_heads: self.config.kv_heads,
+            head_dim: self.config.head_dim,
+        }
+    }
+
     /// An empty KV cache and room for activations.
     pub fn state(&self) -> Result<State<B>, BackendError> {
         let ModelConfig {
@@ -129,12 +139,7 @@ impl<B: Backend> Model<B> {
         } = self.config;
         let rows = |width| self.backend.rows(0, width);
         Ok(State {
-            kv: self.backend.kv_cache(KvShape {
-                layers: self.config.layers,
-                heads,
-                kv_heads,
-                head_dim,
-            })?,
+            kv: self.backend.kv_cache(self.kv_shape())?,
             residual: rows(hidden_size)?,
             qkv: rows((heads + 2 * kv_heads) * head_dim)?,
             attended: rows(heads * head_dim)?,

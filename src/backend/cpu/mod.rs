@@ -192,6 +192,10 @@ impl Backend for Cpu {
         rows.row_mut(to).copy_from_slice(&row);
     }
 
+    fn kv_page_bytes(&self, shape: KvShape) -> usize {
+        KvCache::page_bytes(shape)
+    }
+
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache, BackendError> {
         Ok(KvCache::new(shape))
     }

@@ -1,7 +1,6 @@
 //! A run of tokens in the KV cache and the pages that it owns.
 
-use super::error::EngineError;
-use super::pages::{Page, PagePool};
+use super::pages::{OutOfPages, Page, PagePool};
 use crate::backend::{PAGE_LEN, PageId, Segment};
 
 /// Tokens whose keys and values lie in pages of their own: a prompt, or a candidate's answer.
@@ -24,10 +23,32 @@ impl Sequence {
             .collect()
     }
 
+    /// Begins with pages that are full of tokens already.
+    pub fn adopt(&mut self, full_pages: Vec<Page>) {
+        self.len = full_pages.len() * PAGE_LEN;
+        self.pages = full_pages;
+    }
+
+    /// Pages held.
+    pub fn pages(&self) -> usize {
+        self.pages.len()
+    }
+
+    pub(super) fn pages_mut(&mut self) -> &mut [Page] {
+        &mut self.pages
+    }
+
+    /// Pages that `rows` more tokens take beside those held.
+    pub fn missing_pages(&self, rows: usize) -> usize {
+        (self.len + rows)
+            .div_ceil(PAGE_LEN)
+            .saturating_sub(self.pages.len())
+    }
+
     /// Takes pages for `rows` more tokens, and gives the segment that writes them.
-    pub fn extend(&mut self, pool: &mut PagePool, rows: usize) -> Result<Segment, EngineError> {
-        let missing = (self.len + rows).div_ceil(PAGE_LEN) - self.pages.len();
-        self.pages.extend(pool.allocate_many(missing)?);
+    pub fn extend(&mut self, pool: &mut PagePool, rows: usize) -> Result<Segment, OutOfPages> {
+        self.pages
+            .extend(pool.allocate_many(self.missing_pages(rows))?);
         let start = self.len;
         self.len += rows;
         Ok(Segment {
@@ -52,7 +73,7 @@ impl Sequence {
     pub fn fork(
         &self,
         pool: &mut PagePool,
-    ) -> Result<(Sequence, Option<(PageId, PageId)>), EngineError> {
+    ) -> Result<(Sequence, Option<(PageId, PageId)>), OutOfPages> {
         let full = self.len / PAGE_LEN;
         let mut pages: Vec<Page> = self.pages[..full]
             .iter()
@@ -66,7 +87,7 @@ impl Sequence {
                     pages.into_iter().for_each(|page| {
                         pool.release(page);
                     });
-                    return Err(full.into());
+                    return Err(full);
                 }
             };
             copied = Some((partial.index() as PageId, twin.index() as PageId));
