@@ -34,6 +34,7 @@ constexpr unsigned COORDINATES = 256;
 constexpr unsigned TILE_STRIDE = COORDINATES + 8;
 constexpr unsigned NONE = 0xFFFFFFFFu;
 constexpr float SHORTEST = 1e-8f;
+constexpr float LARGEST = 3.402823466e38f;
 
 enum Kind : unsigned { LISTWISE, POINTWISE, LINEAR };
 
@@ -206,7 +207,11 @@ __device__ __forceinline__ void add_splits(const Job& job, const Places& places,
             sum += places.partial[(part * places.rows + row) * job.columns + column];
             square += places.squares[part * places.rows + row];
         }
-        if (job.rms != 0) sum *= 1.0f / sqrtf(square / static_cast<float>(job.hidden_size) + 1e-6f);
+        if (job.rms != 0) {
+            // Squares beyond float32 give NaN, not a score that is wrong.
+            const float mean = square / static_cast<float>(job.hidden_size);
+            sum *= mean <= LARGEST ? 1.0f / sqrtf(mean + 1e-6f) : mean - mean;
+        }
         if (row > 0 && row <= job.candidates) {
             for (unsigned e = 0; e < job.extras; ++e) {
                 const float value = job.extra[(row - 1) * job.extras + e];

@@ -21,7 +21,7 @@ mod relevance;
 mod simd;
 
 #[cfg(test)]
-mod reference;
+pub(crate) mod reference;
 
 pub use builtin::{builtin, find_builtin};
 pub use file::{
@@ -43,7 +43,7 @@ pub struct ExtraInputs {
 }
 
 impl ExtraInputs {
-    fn get(&self, input: ExtraInput) -> f32 {
+    pub(crate) fn get(&self, input: ExtraInput) -> f32 {
         match input {
             ExtraInput::MeanLogprob => self.mean_logprob,
             ExtraInput::Length => self.length,

@@ -6,6 +6,7 @@
 pub mod device;
 pub mod embed;
 pub mod emulated;
+pub mod gather_rank;
 pub mod images;
 pub mod norm;
 pub mod rope_append;
