@@ -421,14 +421,19 @@ __device__ __forceinline__ void choose(const Job& job) {
 extern "C" __global__ void __launch_bounds__(THREADS) gather_rank(Global<const Job> jobs) {
     launch_dependents();
     wait_for_predecessor();
-    const Job job = jobs[blockIdx.y];
+    unsigned tile;
+    {
+        const Job job = jobs[blockIdx.y];
+        const Places places = places_of(job);
+        const unsigned part = blockIdx.x % places.splits;
+        tile = blockIdx.x / places.splits;
+        if (tile >= places.tiles) return;  // another job has more
+        project(job, places, tile, part);
+        if (!is_last(job.counters + tile, places.splits)) return;
+    }
+
+    const Job job = jobs[blockIdx.y];  // read anew: held across the projection it spills
     const Places places = places_of(job);
-    const unsigned tile = blockIdx.x / places.splits, part = blockIdx.x % places.splits;
-    if (tile >= places.tiles) return;  // another job has more
-
-    project(job, places, tile, part);
-    if (!is_last(job.counters + tile, places.splits)) return;
-
     add_splits(job, places, tile);
     __syncthreads();
     if (job.kind == LISTWISE) project_heads(job, places, tile);
