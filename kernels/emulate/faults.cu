@@ -13,7 +13,11 @@ __global__ void fault_none(Global<float> out) {
     __syncthreads();
     tile[threadIdx.x] = neighbour;
     __syncwarp();
-    out[threadIdx.x] = tile[threadIdx.x ^ 1] + warp_sum(1.0f);
+    const float partner = tile[threadIdx.x ^ 1];
+    __syncwarp();
+    // The others' reads are over, though this reads before it writes.
+    tile[threadIdx.x] -= neighbour - partner;
+    out[threadIdx.x] = tile[threadIdx.x] + warp_sum(1.0f);
 }
 KERNEL(fault_none)
 

@@ -288,8 +288,9 @@ void track_shared(std::uint32_t offset, std::size_t bytes, Access access, const 
         const unsigned other_warp = who & MANY ? who & ~MANY : who / WARP;
         return other_warp != warp || of_warp_epoch == warp_epoch;
     };
-    const auto join = [&](std::uint16_t who, std::uint32_t epoch) -> std::uint16_t {
-        if (epoch != w.epoch || who == self) return self;
+    // Those that a barrier of the warp lies behind are forgotten: who is ordered after this thread is after them too.
+    const auto join = [&](std::uint16_t who, std::uint32_t epoch, std::uint16_t of_warp_epoch) -> std::uint16_t {
+        if (!concurrent(who, epoch, of_warp_epoch)) return self;
         if (who == ALL) return ALL;
         const unsigned other_warp = who & MANY ? who & ~MANY : who / WARP;
         return other_warp == warp ? static_cast<std::uint16_t>(MANY | warp) : ALL;
@@ -320,9 +321,10 @@ void track_shared(std::uint32_t offset, std::size_t bytes, Access access, const 
                  access == Access::read ? "reads" : "writes", other, written ? "wrote" : "read");
         }
         if (access == Access::read) {
-            const bool fresh = s.read_epoch != w.epoch || s.reader == self;
-            s.read_mask = static_cast<std::uint8_t>(fresh && s.read_epoch != w.epoch ? mask : s.read_mask | mask);
-            s.reader = join(s.reader, s.read_epoch);
+            const std::uint16_t reader = join(s.reader, s.read_epoch, s.read_warp_epoch);
+            const bool anew = s.read_epoch != w.epoch || (reader == self && s.reader != self);
+            s.read_mask = static_cast<std::uint8_t>(anew ? mask : s.read_mask | mask);
+            s.reader = reader;
             s.read_epoch = w.epoch;
             s.read_warp_epoch = warp_epoch;
         } else {
@@ -330,7 +332,7 @@ void track_shared(std::uint32_t offset, std::size_t bytes, Access access, const 
             const bool alone = s.write_epoch != w.epoch || s.writer == self ||
                                !concurrent(s.writer, s.write_epoch, s.write_warp_epoch);
             s.write_mask = static_cast<std::uint8_t>(s.write_epoch != w.epoch || (alone && s.writer != self) ? mask : s.write_mask | mask);
-            s.writer = alone ? self : join(s.writer, s.write_epoch);
+            s.writer = alone ? self : join(s.writer, s.write_epoch, s.write_warp_epoch);
             s.write_epoch = w.epoch;
             s.write_warp_epoch = warp_epoch;
             s.atomic = access == Access::atomic;

@@ -23,7 +23,7 @@ mod simd;
 pub mod train;
 
 #[cfg(test)]
-mod reference;
+pub(crate) mod reference;
 
 pub use builtin::{builtin, find_builtin};
 pub use file::{
@@ -45,7 +45,7 @@ pub struct ExtraInputs {
 }
 
 impl ExtraInputs {
-    fn get(&self, input: ExtraInput) -> f32 {
+    pub(crate) fn get(&self, input: ExtraInput) -> f32 {
         match input {
             ExtraInput::MeanLogprob => self.mean_logprob,
             ExtraInput::Length => self.length,

@@ -9,7 +9,7 @@ use super::*;
 
 /// The formulas, one number at a time. Gives each score and the sum of magnitudes that rounding
 /// errors of a dot product are relative to.
-fn exact_scores(
+pub(crate) fn exact_scores(
     ranker: &Ranker,
     prompt: &[f32],
     candidates: &[f32],
@@ -240,7 +240,7 @@ fn scale_of_coordinate(i: usize) -> f32 {
     }
 }
 
-pub(super) fn random_ranker(config: RankerConfig, seed: u64) -> Ranker {
+pub(crate) fn random_ranker(config: RankerConfig, seed: u64) -> Ranker {
     let mut random = Random(seed);
     let tensors = config
         .tensor_shapes()
@@ -267,7 +267,7 @@ pub(super) fn random_ranker(config: RankerConfig, seed: u64) -> Ranker {
     Ranker::new(config, tensors).unwrap()
 }
 
-pub(super) fn config(kind: RankerKind, hidden_size: usize) -> RankerConfig {
+pub(crate) fn config(kind: RankerKind, hidden_size: usize) -> RankerConfig {
     let has_block = kind != RankerKind::Linear;
     RankerConfig {
         format_version: 1,
@@ -292,9 +292,9 @@ pub(super) fn config(kind: RankerKind, hidden_size: usize) -> RankerConfig {
 }
 
 /// Prompt, candidates and extra inputs of one group.
-pub(super) type Group = (Vec<f32>, Vec<f32>, Vec<ExtraInputs>);
+pub(crate) type Group = (Vec<f32>, Vec<f32>, Vec<ExtraInputs>);
 
-pub(super) fn random_group(hidden_size: usize, n: usize, seed: u64) -> Group {
+pub(crate) fn random_group(hidden_size: usize, n: usize, seed: u64) -> Group {
     let mut random = Random(seed ^ 0x5eed);
     let mut feature = || {
         (0..hidden_size)
@@ -387,7 +387,7 @@ fn assert_near(ranker: &Ranker, group: &Group) {
 }
 
 /// A group with its candidates moved: candidate i of the result is candidate `order[i]`.
-fn permuted((prompt, candidates, extra): &Group, order: &[usize]) -> Group {
+pub(crate) fn permuted((prompt, candidates, extra): &Group, order: &[usize]) -> Group {
     let hidden_size = prompt.len();
     let moved = order
         .iter()
@@ -400,7 +400,7 @@ fn permuted((prompt, candidates, extra): &Group, order: &[usize]) -> Group {
     )
 }
 
-fn bits(scores: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(scores: &[f32]) -> Vec<u32> {
     scores.iter().map(|score| score.to_bits()).collect()
 }
 

@@ -7,6 +7,7 @@ pub mod attention;
 pub mod device;
 pub mod embed;
 pub mod emulated;
+pub mod gather_rank;
 pub mod images;
 pub mod matmul_skinny;
 pub mod norm;

@@ -16,6 +16,10 @@ impl Sequence {
         self.len
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     pub fn page_ids(&self) -> Vec<PageId> {
         self.pages
             .iter()
