@@ -33,12 +33,13 @@
 //!
 //! [`Engine::generate`](engine::Engine::generate) has an example with text and a ranker.
 //!
-//! The modules depend on each other downward in this order: [`cli`] → [`engine`], [`tasks`] → [`ranker`],
+//! The modules depend on each other downward in this order: [`cli`] → [`engine`], [`eval`] → [`tasks`] → [`ranker`],
 //! [`model`] → [`backend`]. `docs/ARCHITECTURE.md` is the map.
 
 pub mod backend;
 pub mod cli;
 pub mod engine;
+pub mod eval;
 pub mod model;
 pub mod ranker;
 pub mod tasks;

@@ -1,6 +1,7 @@
 //! What the forward pass needs of a device: coarse operations, each of them one kernel on a GPU.
 
 pub mod cpu;
+pub mod cuda;
 pub mod random;
 pub mod sampling;
 

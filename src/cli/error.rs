@@ -4,11 +4,18 @@ use std::io;
 
 use crate::backend::BackendError;
 use crate::engine::EngineError;
+use crate::eval::EvalError;
+use crate::eval::plot::PlotError;
 use crate::model::error::ModelError;
 use crate::model::forward::LoadError;
 use crate::model::text::TextError;
+use crate::ranker::train::TrainError;
 use crate::ranker::{RankerError, RankerFileError};
 use crate::tasks::candidates::CandidateFileError;
+use crate::tasks::collection::CollectionError;
+use crate::tasks::data::DataError;
+use crate::tasks::training::TrainingDataError;
+use crate::tasks::verify::VerifyError;
 use crate::tasks::whole_file::WriteError;
 
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +49,20 @@ pub enum CliError {
     #[error(transparent)]
     Candidates(#[from] CandidateFileError),
     #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Collection(#[from] CollectionError),
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    #[error(transparent)]
+    TrainingData(#[from] TrainingDataError),
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    #[error(transparent)]
+    Eval(#[from] EvalError),
+    #[error(transparent)]
+    Plot(#[from] PlotError),
+    #[error(transparent)]
     Write(#[from] WriteError),
     #[error("cannot write to standard output: {0}")]
     Stdout(#[from] io::Error),
@@ -52,6 +73,8 @@ impl CliError {
     pub fn exit_status(&self) -> u8 {
         match self {
             CliError::Usage(_) => 2,
+            CliError::Train(TrainError::Options(_))
+            | CliError::Plot(PlotError::Extension { .. }) => 2,
             CliError::Engine(
                 EngineError::Candidates { .. }
                 | EngineError::NoTokens

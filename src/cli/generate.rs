@@ -144,7 +144,7 @@ pub struct SamplingOptions {
 }
 
 impl SamplingOptions {
-    fn over(&self, defaults: &SamplingParams) -> SamplingParams {
+    pub fn over(&self, defaults: &SamplingParams) -> SamplingParams {
         SamplingParams {
             temperature: self.temperature.unwrap_or(defaults.temperature),
             top_p: self.top_p.unwrap_or(defaults.top_p),
@@ -367,7 +367,7 @@ fn read_stdin() -> Result<String, CliError> {
 }
 
 /// `\n`, `\t` and `\\` as one can type them in any shell.
-fn unescape(text: &str) -> String {
+pub fn unescape(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut rest = text.chars();
     while let Some(character) = rest.next() {

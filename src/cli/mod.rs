@@ -5,8 +5,10 @@
 
 mod batch;
 mod bench;
+mod collect;
 mod devices;
 mod error;
+mod eval;
 mod features;
 mod generate;
 mod interrupt;
@@ -17,6 +19,8 @@ mod progress;
 mod report;
 mod score;
 mod session;
+mod sweep;
+mod train;
 
 use std::process::ExitCode;
 
@@ -40,6 +44,9 @@ enum Command {
     Generate(generate::GenerateOptions),
     Score(score::ScoreOptions),
     Features(features::FeaturesOptions),
+    Collect(collect::CollectOptions),
+    Train(Box<train::TrainCommand>),
+    Eval(eval::EvalCommand),
     Bench(bench::BenchOptions),
     Devices(devices::DevicesOptions),
 }
@@ -54,6 +61,9 @@ pub fn main() -> ExitCode {
         Command::Generate(options) => generate::run(&global, options),
         Command::Score(options) => score::run(&global, options),
         Command::Features(options) => features::run(&global, options),
+        Command::Collect(options) => collect::run(&global, options),
+        Command::Train(command) => train::run(&global, command),
+        Command::Eval(command) => eval::run(&global, command),
         Command::Bench(options) => bench::run(&global, options),
         Command::Devices(options) => devices::run(&global, options),
     };

@@ -53,6 +53,12 @@ impl Progress {
         }
     }
 
+    /// For work that goes on where it was: what is done already has no part in the rate.
+    pub fn begin_at(&self, done: u64) {
+        self.bar.set_position(done);
+        self.bar.reset_eta();
+    }
+
     pub fn advance(&self, by: u64) {
         self.bar.inc(by);
     }

@@ -14,18 +14,29 @@
 /// 5. the last line with anything in it.
 pub fn extract(text: &str) -> Option<String> {
     let text = &text.replace('−', "-");
-    let candidates: [fn(&str) -> Option<&str>; 5] = [
+    places(text)
+        .map(normalize)
+        .find(|answer| !answer.is_empty())
+}
+
+/// The same answer as it stands in the text, for who compares it with the right one.
+pub fn find(text: &str) -> Option<String> {
+    let text = &text.replace('−', "-");
+    places(text)
+        .find(|answer| !normalize(answer).is_empty())
+        .map(|answer| answer.trim().to_string())
+}
+
+/// What stands where an answer is looked for, the surest place first.
+fn places(text: &str) -> impl Iterator<Item = &str> {
+    let places: [fn(&str) -> Option<&str>; 5] = [
         last_boxed,
         after_hashes,
         after_answer_is,
         last_number,
         last_line,
     ];
-    candidates
-        .into_iter()
-        .filter_map(|find| find(text))
-        .map(normalize)
-        .find(|answer| !answer.is_empty())
+    places.into_iter().filter_map(move |find| find(text))
 }
 
 /// One spelling for answers that differ in case, whitespace, closing punctuation, markup around the

@@ -9,7 +9,7 @@ pub mod gguf;
 pub mod hub;
 mod hugging_face;
 mod layout;
-mod mapped;
+pub(crate) mod mapped;
 mod rope;
 pub mod tensor;
 pub mod text;

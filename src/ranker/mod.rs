@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 
+pub mod best_of;
 mod builtin;
 mod feed_forward;
 pub mod file;
@@ -19,6 +20,7 @@ mod pointwise;
 mod projection;
 mod relevance;
 mod simd;
+pub mod train;
 
 #[cfg(test)]
 mod reference;

@@ -326,7 +326,7 @@ fn scale(x: &[f32], by: f32, to: &mut [f32]) {
 
 /// 1 / √(mean square + 1e-6), the sum in float64: squares of finite features may not fit float32.
 #[inline(always)]
-fn inverse_rms(x: &[f32]) -> f32 {
+pub(super) fn inverse_rms(x: &[f32]) -> f32 {
     let mut sums = [0.0f64; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {

@@ -15,14 +15,34 @@ fn exact_scores(
     candidates: &[f32],
     extra: &[ExtraInputs],
 ) -> Vec<(f64, f64)> {
-    let config = ranker.config();
-    let tensor = |name: &str| -> Vec<f64> {
-        ranker.tensors()[name]
-            .data
-            .iter()
-            .map(|&x| x as f64)
-            .collect()
-    };
+    let tensors = exact_tensors(ranker);
+    exact_scores_of(ranker.config(), &tensors, prompt, candidates, extra)
+}
+
+/// A ranker's tensors by name.
+pub(super) type ExactTensors = BTreeMap<String, Vec<f64>>;
+
+pub(super) fn exact_tensors(ranker: &Ranker) -> ExactTensors {
+    let tensors = ranker.tensors().iter();
+    tensors
+        .map(|(name, tensor)| {
+            (
+                name.clone(),
+                tensor.data.iter().map(|&x| x as f64).collect(),
+            )
+        })
+        .collect()
+}
+
+/// The same for any tensors.
+pub(super) fn exact_scores_of(
+    config: &RankerConfig,
+    tensors: &ExactTensors,
+    prompt: &[f32],
+    candidates: &[f32],
+    extra: &[ExtraInputs],
+) -> Vec<(f64, f64)> {
+    let tensor = |name: &str| tensors[name].clone();
     let normalize = |x: &[f32], of: &str| -> Vec<f64> {
         let x: Vec<f64> = x.iter().map(|&x| x as f64).collect();
         match config.normalization {
@@ -272,9 +292,9 @@ pub(super) fn config(kind: RankerKind, hidden_size: usize) -> RankerConfig {
 }
 
 /// Prompt, candidates and extra inputs of one group.
-type Group = (Vec<f32>, Vec<f32>, Vec<ExtraInputs>);
+pub(super) type Group = (Vec<f32>, Vec<f32>, Vec<ExtraInputs>);
 
-fn random_group(hidden_size: usize, n: usize, seed: u64) -> Group {
+pub(super) fn random_group(hidden_size: usize, n: usize, seed: u64) -> Group {
     let mut random = Random(seed ^ 0x5eed);
     let mut feature = || {
         (0..hidden_size)
@@ -292,7 +312,7 @@ fn random_group(hidden_size: usize, n: usize, seed: u64) -> Group {
     (prompt, candidates, extra)
 }
 
-fn any_config() -> impl Strategy<Value = RankerConfig> {
+pub(super) fn any_config() -> impl Strategy<Value = RankerConfig> {
     let kind = prop_oneof![
         Just(RankerKind::Listwise),
         Just(RankerKind::Pointwise),

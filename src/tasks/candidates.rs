@@ -86,7 +86,11 @@ pub struct CandidateFile {
     reader: Box<dyn BufRead>,
     line: usize,
     items: usize,
+    adapt: Option<Adapt>,
 }
+
+/// Changes a line's fields before they are understood, or says what is wrong with them.
+type Adapt = Box<dyn Fn(&mut Map<String, Value>) -> Result<(), String>>;
 
 impl CandidateFile {
     /// Opens a file, or standard input for `-`.
@@ -118,6 +122,18 @@ impl CandidateFile {
             reader,
             line: 0,
             items: 0,
+            adapt: None,
+        }
+    }
+
+    /// Has every line's fields go through `adapt` first, for lines of other forms.
+    pub fn adapted(
+        self,
+        adapt: impl Fn(&mut Map<String, Value>) -> Result<(), String> + 'static,
+    ) -> CandidateFile {
+        CandidateFile {
+            adapt: Some(Box::new(adapt)),
+            ..self
         }
     }
 
@@ -189,20 +205,30 @@ impl Iterator for CandidateFile {
             Ok(line) => line?,
             Err(error) => return Some(Err(error)),
         };
-        let item = parse(&line, self.line, self.items).map_err(|problem| self.wrong(problem));
+        let item = object(&line).and_then(|mut fields| {
+            if let Some(adapt) = &self.adapt {
+                adapt(&mut fields)?;
+            }
+            parse(fields, self.line, self.items)
+        });
+        let item = item.map_err(|problem| self.wrong(problem));
         self.items += 1;
         Some(item)
     }
 }
 
-/// Reads one line; `number` counts items from 0.
-fn parse(text: &str, line: usize, number: usize) -> Result<Item, String> {
-    let fields: Map<String, Value> = serde_json::from_str(text).map_err(|error| {
+/// Reads a line as a JSON object.
+fn object(text: &str) -> Result<Map<String, Value>, String> {
+    serde_json::from_str(text).map_err(|error| {
         // Its own "at line 1" would contradict the line of the file.
         let message = error.to_string();
         let message = message.split(" at line ").next().unwrap_or_default();
         format!("not a JSON object: {message} at column {}", error.column())
-    })?;
+    })
+}
+
+/// Understands a line's fields; `number` counts items from 0.
+fn parse(fields: Map<String, Value>, line: usize, number: usize) -> Result<Item, String> {
     let prompt = match (
         field(&fields, "prompt_token_ids")?,
         field::<Vec<ChatMessage>>(&fields, "messages")?,

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
+/// What temporary names begin with: a process that is killed leaves such a file behind.
+pub(super) const TEMPORARY_PREFIX: &str = ".podium-";
+
 /// A file that takes its name only when [`finish`](WholeFile::finish) has brought it to the disk;
 /// dropped before, it leaves nothing behind and whatever had the name stays as it was.
 #[derive(Debug)]
@@ -87,7 +90,7 @@ fn temporary(path: &Path) -> io::Result<NamedTempFile> {
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".podium-");
+    builder.prefix(TEMPORARY_PREFIX);
     // As any other new file: what the umask leaves, not the 0600 of temporary files.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));

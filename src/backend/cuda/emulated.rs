@@ -1,0 +1,482 @@
+//! The kernels on the CPU: `kernels/emulate`, which checks every access to memory and every barrier.
+
+use super::device::{Address, Arguments, Device, DeviceError, Launch};
+use rayon::prelude::*;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// `emulate::Kernel`, which only C++ looks into.
+#[repr(C)]
+struct Kernel {
+    _private: [u8; 0],
+}
+
+/// `emulate::Launch`.
+#[repr(C)]
+struct RawLaunch {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    find_races: u32,
+    order_seed: u64,
+}
+
+unsafe extern "C" {
+    /// One entry a kernel file; naming it makes the linker take them, and with them their kernels.
+    static podium_kernel_files: [*const i32; 1];
+    fn podium_emulate_allocate(bytes: u64) -> Address;
+    fn podium_emulate_free(address: Address);
+    fn podium_emulate_bytes(address: Address, bytes: u64) -> *mut u8;
+    fn podium_emulate_find(name: *const c_char) -> *const Kernel;
+    fn podium_emulate_block(
+        kernel: *const Kernel,
+        launch: *const RawLaunch,
+        arguments: *const *mut c_void,
+        index: *const u32,
+        error: *mut c_char,
+        error_bytes: usize,
+    ) -> i32;
+}
+
+/// As on an H100.
+const MAX_THREADS: u32 = 1024;
+const MAX_SHARED_BYTES: u32 = 227 * 1024;
+/// Small, so that whatever depends on it has several waves of blocks with small models too.
+const MULTIPROCESSORS: usize = 8;
+
+/// A GPU played by the CPU. Slow, exact about what a kernel may do, and everywhere.
+#[derive(Default)]
+pub struct Emulated {
+    checks: Checks,
+    /// The first fault: from then on everything fails, as on a GPU.
+    fault: Mutex<Option<DeviceError>>,
+}
+
+/// What is checked besides bounds, alignment and barriers, which always are.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Checks {
+    /// Report two threads that touch one address of shared memory, one of them writing, with no
+    /// barrier between. About doubles the time.
+    pub races: bool,
+    /// Run threads in a random order between barriers, which this seed fixes; `None`: in turn.
+    pub order_seed: Option<u64>,
+}
+
+impl Emulated {
+    pub fn new(checks: Checks) -> Emulated {
+        Emulated {
+            checks,
+            fault: Mutex::new(None),
+        }
+    }
+
+    fn check(&self) -> Result<(), DeviceError> {
+        match &*self.fault.lock().unwrap_or_else(|e| e.into_inner()) {
+            Some(fault) => Err(fault.clone()),
+            None => Ok(()),
+        }
+    }
+
+    fn fail(&self, fault: DeviceError) -> DeviceError {
+        let mut first = self.fault.lock().unwrap_or_else(|e| e.into_inner());
+        first.get_or_insert(fault).clone()
+    }
+
+    /// The bytes behind a device address.
+    fn bytes(address: Address, bytes: usize) -> Result<*mut u8, DeviceError> {
+        // SAFETY: it looks an address up, and knows which are none.
+        let found = unsafe { podium_emulate_bytes(address, bytes as u64) };
+        match found.is_null() {
+            true => Err(DeviceError::Copy { bytes }),
+            false => Ok(found),
+        }
+    }
+
+    fn find(name: &str) -> Result<*const Kernel, DeviceError> {
+        let unknown = || DeviceError::NoKernel(name.to_string());
+        // SAFETY: a static array, of which the first entry is always there; reading it keeps the linker
+        // from leaving the kernels out.
+        std::hint::black_box(unsafe { podium_kernel_files[0] });
+        let name = CString::new(name).map_err(|_| unknown())?;
+        // SAFETY: `name` ends with a zero.
+        let found = unsafe { podium_emulate_find(name.as_ptr()) };
+        match found.is_null() {
+            true => Err(unknown()),
+            false => Ok(found),
+        }
+    }
+}
+
+impl Device for Emulated {
+    fn name(&self) -> String {
+        "emulated GPU".to_string()
+    }
+
+    fn allocate(&self, bytes: usize, what: &str) -> Result<Address, DeviceError> {
+        // SAFETY: no requirements.
+        match unsafe { podium_emulate_allocate(bytes as u64) } {
+            0 => Err(DeviceError::OutOfMemory {
+                what: what.to_string(),
+                needed: bytes,
+                free: 0,
+            }),
+            address => Ok(address),
+        }
+    }
+
+    unsafe fn free(&self, address: Address) {
+        // SAFETY: the caller's promise; launches are over when `launch` returns.
+        unsafe { podium_emulate_free(address) };
+    }
+
+    fn upload(&self, from: &[u8], to: Address) -> Result<(), DeviceError> {
+        self.check()?;
+        let to = Self::bytes(to, from.len())?;
+        // SAFETY: as many bytes are there, and the device's memory is nobody else's.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+        Ok(())
+    }
+
+    fn download(&self, from: Address, to: &mut [u8]) -> Result<(), DeviceError> {
+        self.check()?;
+        let from = Self::bytes(from, to.len())?;
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DeviceError> {
+        self.check()?;
+        let (from, to) = (Self::bytes(from, bytes)?, Self::bytes(to, bytes)?);
+        // SAFETY: as above; the two may overlap.
+        unsafe { std::ptr::copy(from, to, bytes) };
+        Ok(())
+    }
+
+    fn zero(&self, at: Address, bytes: usize) -> Result<(), DeviceError> {
+        self.check()?;
+        let at = Self::bytes(at, bytes)?;
+        // SAFETY: as above.
+        unsafe { std::ptr::write_bytes(at, 0, bytes) };
+        Ok(())
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: &str,
+        launch: Launch,
+        arguments: &mut Arguments,
+    ) -> Result<(), DeviceError> {
+        self.check()?;
+        let Launch {
+            grid,
+            block,
+            shared_bytes,
+        } = launch;
+        if block == 0
+            || block > MAX_THREADS
+            || shared_bytes > MAX_SHARED_BYTES
+            || grid.contains(&0)
+            || grid[1].max(grid[2]) > u32::from(u16::MAX)
+        {
+            return Err(self.fail(DeviceError::Launch {
+                kernel: kernel.to_string(),
+                threads: block as usize,
+                shared_bytes: shared_bytes as usize,
+            }));
+        }
+        let found = Shared(Self::find(kernel)?);
+        let raw = RawLaunch {
+            grid,
+            block: [block, 1, 1],
+            shared_bytes,
+            find_races: u32::from(self.checks.races),
+            order_seed: self.checks.order_seed.map_or(0, |seed| seed | 1),
+        };
+        let pointers = Shared(arguments.pointers().as_ptr());
+        let stop = AtomicBool::new(false);
+        let blocks = u64::from(grid[0]) * u64::from(grid[1]) * u64::from(grid[2]);
+        let fault = (0..blocks).into_par_iter().find_map_any(|number| {
+            if stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            let (x, y) = (u64::from(grid[0]), u64::from(grid[1]));
+            let index = [
+                (number % x) as u32,
+                (number / x % y) as u32,
+                (number / (x * y)) as u32,
+            ];
+            let mut error = [0; 1024];
+            // SAFETY: the caller's promise about the arguments; the emulation holds every access that the
+            // kernel makes against its memory, and switches stacks only below this call.
+            let status = unsafe {
+                podium_emulate_block(
+                    found.get(),
+                    &raw,
+                    pointers.get(),
+                    index.as_ptr(),
+                    error.as_mut_ptr(),
+                    error.len(),
+                )
+            };
+            (status != 0).then(|| {
+                stop.store(true, Ordering::Relaxed);
+                // SAFETY: it was zero throughout, and what is written into it ends with a zero.
+                let text = unsafe { CStr::from_ptr(error.as_ptr()) };
+                text.to_string_lossy().into_owned()
+            })
+        });
+        match fault {
+            Some(message) => Err(self.fail(DeviceError::Fault(message))),
+            None => Ok(()),
+        }
+    }
+
+    fn synchronize(&self) -> Result<(), DeviceError> {
+        self.check()
+    }
+
+    fn multiprocessors(&self) -> usize {
+        MULTIPROCESSORS
+    }
+}
+
+/// A pointer to what all blocks only read.
+struct Shared<T>(*const T);
+// SAFETY: read only, for as long as the launch lasts.
+unsafe impl<T> Sync for Shared<T> {}
+impl<T> Shared<T> {
+    fn get(&self) -> *const T {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::device::Buffer;
+    use super::*;
+    use crate::arguments;
+    use std::sync::Arc;
+
+    const CHECKED: Checks = Checks {
+        races: true,
+        order_seed: None,
+    };
+
+    /// Launches a kernel of `kernels/emulate/faults.cu`: 64 threads, 64 floats of shared memory.
+    fn launch(kernel: &str, takes_input: bool, checks: Checks) -> Result<Vec<f32>, String> {
+        let device: Arc<dyn Device> = Arc::new(Emulated::new(checks));
+        let input: Vec<f32> = (0..64).map(|i| i as f32).collect();
+        let input = Buffer::from_slice(&device, &input, "input").unwrap();
+        let out = Buffer::<f32>::new(&device, 64, "output").unwrap();
+        let mut arguments = match takes_input {
+            true => arguments![&input, &out],
+            false => arguments![&out],
+        };
+        let shape = Launch {
+            shared_bytes: 256,
+            ..Launch::blocks(1, 64)
+        };
+        // SAFETY: the kernels take the input where `takes_input` says so, and the output.
+        unsafe { device.launch(kernel, shape, &mut arguments) }.map_err(|e| e.to_string())?;
+        out.read(0, 64).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_correct_kernel_passes_in_every_order() {
+        for order_seed in [None, Some(0), Some(1), Some(2)] {
+            let checks = Checks {
+                order_seed,
+                ..CHECKED
+            };
+            let got = launch("fault_none", false, checks).unwrap();
+            let expected: Vec<f32> = (0..64)
+                .map(|i| ((i ^ 1) + 1) as f32 % 64.0 + 32.0)
+                .collect();
+            assert_eq!(got, expected);
+            let got = launch("fault_none_copy", true, checks).unwrap();
+            assert_eq!(got, (0..64).map(|i| i as f32).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn each_planted_bug_is_reported_for_what_it_is() {
+        let global = "global memory out of bounds: 4 bytes at";
+        let shared = "shared memory out of bounds: 4 bytes at offset 256 of 256";
+        let race = "race in shared memory at offset";
+        let barrier = "divergent barrier: ";
+        for (kernel, takes_input, message) in [
+            (
+                "fault_global_read",
+                true,
+                format!("{global} offset 256 of an allocation of 256"),
+            ),
+            (
+                "fault_global_write",
+                false,
+                format!("{global} 4 before an allocation of 256"),
+            ),
+            (
+                "fault_null",
+                false,
+                "global memory that was never allocated".to_string(),
+            ),
+            (
+                "fault_misaligned",
+                false,
+                "misaligned access to global memory: 16 bytes".to_string(),
+            ),
+            ("fault_shared_bounds", false, shared.to_string()),
+            ("fault_missing_barrier", false, race.to_string()),
+            ("fault_overwrite", false, race.to_string()),
+            ("fault_missing_warp_barrier", false, race.to_string()),
+            ("fault_copy_without_barrier", true, race.to_string()),
+            (
+                "fault_divergent_barrier",
+                false,
+                format!("{barrier}32 threads (0 is one) wait at"),
+            ),
+            (
+                "fault_two_barriers",
+                false,
+                format!("{barrier}it is at __syncthreads (faults.cu:"),
+            ),
+            (
+                "fault_divergent_warp",
+                false,
+                format!("{barrier}32 threads (0 is one) wait at"),
+            ),
+        ] {
+            for order_seed in [None, Some(7)] {
+                let checks = Checks {
+                    order_seed,
+                    ..CHECKED
+                };
+                let error = launch(kernel, takes_input, checks).expect_err(kernel);
+                assert!(
+                    error.contains(kernel) && error.contains(&message),
+                    "{error}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_never_written_is_nan() {
+        let checks = Checks::default();
+        for (kernel, takes_input) in [
+            ("fault_uninitialised_shared", false),
+            ("fault_copy_not_awaited", true),
+        ] {
+            let got = launch(kernel, takes_input, checks).unwrap();
+            assert!(got.iter().all(|x| x.is_nan()), "{kernel}: {got:?}");
+        }
+        let device: Arc<dyn Device> = Arc::new(Emulated::default());
+        let fresh = Buffer::<f32>::new(&device, 3, "fresh").unwrap();
+        assert!(fresh.read(0, 3).unwrap().iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn the_seed_changes_the_order_of_threads() {
+        let last = |order_seed| {
+            let checks = Checks {
+                order_seed,
+                ..CHECKED
+            };
+            launch("fault_order", false, checks).unwrap()[0]
+        };
+        assert_eq!(last(None), 63.0);
+        let seen: std::collections::BTreeSet<u32> =
+            (0..20).map(|seed| last(Some(seed)) as u32).collect();
+        assert!(seen.len() > 5, "{seen:?}");
+        assert_eq!(last(Some(3)), last(Some(3)));
+    }
+
+    #[test]
+    fn after_a_fault_everything_fails_with_it() {
+        let device: Arc<dyn Device> = Arc::new(Emulated::new(CHECKED));
+        let out = Buffer::<f32>::new(&device, 64, "output").unwrap();
+        // SAFETY: the kernel takes the output.
+        let fault =
+            unsafe { device.launch("fault_null", Launch::blocks(1, 32), &mut arguments![&out]) }
+                .unwrap_err();
+        assert_eq!(device.synchronize().unwrap_err(), fault);
+        assert_eq!(out.read(0, 1).unwrap_err(), fault);
+    }
+
+    #[test]
+    fn launches_that_hardware_refuses_are_refused() {
+        let device: Arc<dyn Device> = Arc::new(Emulated::default());
+        let out = Buffer::<f32>::new(&device, 64, "output").unwrap();
+        for (block, shared_bytes, grid) in [
+            (1025, 0, [1, 1, 1]),
+            (0, 0, [1, 1, 1]),
+            (32, MAX_SHARED_BYTES + 1, [1, 1, 1]),
+            (32, 0, [1, 65536, 1]),
+            (32, 0, [0, 1, 1]),
+        ] {
+            let device: Arc<dyn Device> = Arc::new(Emulated::default());
+            let launch = Launch {
+                grid,
+                block,
+                shared_bytes,
+            };
+            // SAFETY: the kernel takes the output.
+            let result = unsafe { device.launch("fault_order", launch, &mut arguments![&out]) };
+            assert!(
+                matches!(result, Err(DeviceError::Launch { .. })),
+                "{launch:?}"
+            );
+        }
+        // SAFETY: there is no such kernel.
+        let unknown = unsafe { device.launch("nothing", Launch::blocks(1, 32), &mut arguments![]) };
+        assert_eq!(unknown, Err(DeviceError::NoKernel("nothing".to_string())));
+    }
+
+    #[test]
+    fn mma_and_ldmatrix_follow_the_documented_layouts() {
+        let device: Arc<dyn Device> = Arc::new(Emulated::new(CHECKED));
+        // Small whole numbers: exact in bfloat16, and their sums in float32.
+        let number = |i: usize| half::bf16::from_f32(((i * 37 + 11) % 61) as f32 - 30.0);
+        let a: Vec<half::bf16> = (0..256).map(number).collect();
+        let b: Vec<half::bf16> = (0..128).map(|i| number(i * 5 + 3)).collect();
+        let expected: Vec<f32> = (0..128)
+            .map(|i| {
+                let (row, column) = (i / 8, i % 8);
+                (0..16)
+                    .map(|k| a[row * 16 + k].to_f32() * b[column * 16 + k].to_f32())
+                    .sum()
+            })
+            .collect();
+        let [a, b] = [a, b].map(|values| Buffer::from_slice(&device, &values, "in").unwrap());
+        let d = Buffer::<f32>::new(&device, 128, "out").unwrap();
+        let shape = Launch {
+            shared_bytes: 768,
+            ..Launch::blocks(1, 32)
+        };
+        // SAFETY: the kernel takes these.
+        unsafe { device.launch("check_mma", shape, &mut arguments![&a, &b, &d]) }.unwrap();
+        assert_eq!(d.read(0, 128).unwrap(), expected);
+    }
+
+    #[test]
+    fn ldmatrix_transposes() {
+        let device: Arc<dyn Device> = Arc::new(Emulated::new(CHECKED));
+        let numbers: Vec<u16> = (0..256).collect();
+        let input = Buffer::from_slice(&device, &numbers, "in").unwrap();
+        let out = Buffer::<u32>::new(&device, 128, "out").unwrap();
+        let shape = Launch {
+            shared_bytes: 512,
+            ..Launch::blocks(1, 32)
+        };
+        // SAFETY: the kernel takes these.
+        unsafe { device.launch("check_transposed", shape, &mut arguments![&input, &out]) }.unwrap();
+        for (i, &got) in out.read(0, 128).unwrap().iter().enumerate() {
+            let (lane, matrix) = (i as u32 / 4, i as u32 % 4);
+            let (row, column) = (lane % 4 * 2, lane / 4);
+            let element = |row: u32| matrix * 64 + row * 8 + column;
+            assert_eq!(got, element(row) | element(row + 1) << 16, "lane {lane}");
+        }
+    }
+}
