@@ -205,7 +205,7 @@ impl Group {
         candidate.to_compute().len() == 1
             && match candidate.phase {
                 Phase::Writing => !self.catching_up(),
-                Phase::Settling(_) => candidate.sequence.len() > 0 || candidate.known == 1,
+                Phase::Settling(_) => !candidate.sequence.is_empty() || candidate.known == 1,
                 Phase::Ended => false,
             }
     }

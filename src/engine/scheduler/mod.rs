@@ -22,7 +22,7 @@ mod prefix_tree;
 mod sequence;
 
 pub use group::GroupShape;
-pub use sequence::Sequence;
+pub(super) use sequence::Sequence;
 
 use crate::backend::{Group as BatchGroup, PAGE_LEN};
 use group::{Candidate, Group, Phase};
