@@ -83,7 +83,7 @@ impl CollectionWriter {
             .create(true)
             .open(&path)
             .map_err(|source| write_error(&path, source))?;
-        match candidates.try_lock() {
+        match lock(&candidates) {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => {
                 return Err(CollectionError::Busy {
@@ -466,5 +466,19 @@ fn refuse_other_settings(
             begun: begun.get(field).unwrap_or(&Value::Null).to_string(),
             now: value.to_string(),
         }),
+    }
+}
+
+/// Takes the lock of a collection, patiently: a process that another thread is just starting shares
+/// this one's open files, and so its locks, until it runs its own program.
+fn lock(file: &File) -> Result<(), fs::TryLockError> {
+    let until = Instant::now() + Duration::from_secs(2);
+    loop {
+        match file.try_lock() {
+            Err(fs::TryLockError::WouldBlock) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
     }
 }
