@@ -11,13 +11,13 @@
 
 namespace emulate {
 
-#if defined(__x86_64__)
-
 #ifdef __APPLE__
 #define SYMBOL "_podium_emulate_switch"
 #else
 #define SYMBOL "podium_emulate_switch"
 #endif
+
+#if defined(__x86_64__)
 
 asm(".text\n"
     ".p2align 4\n"
@@ -50,12 +50,6 @@ void* prepare_fiber(char* stack, std::size_t bytes, void (*entry)()) {
 }
 
 #elif defined(__aarch64__)
-
-#ifdef __APPLE__
-#define SYMBOL "_podium_emulate_switch"
-#else
-#define SYMBOL "podium_emulate_switch"
-#endif
 
 asm(".text\n"
     ".p2align 4\n"

@@ -127,9 +127,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn copy_row_within(&self, rows: &mut Self::Rows, from: usize, to: usize);
 
     /// Bytes of a page of the KV cache.
-    fn kv_page_bytes(&self, shape: KvShape) -> usize {
-        2 * shape.layers * shape.kv_heads * shape.head_dim * PAGE_LEN * 4
-    }
+    fn kv_page_bytes(&self, shape: KvShape) -> usize;
 
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
     /// Makes page `to` a copy of page `from`, in every layer.

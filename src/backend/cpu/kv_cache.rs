@@ -58,7 +58,10 @@ impl KvCache {
                 if from == to {
                     let slab = self.slabs[from].as_f32_mut();
                     slab.copy_within(start..start + numbers, target);
-                } else if let Ok([from, to]) = self.slabs.get_disjoint_mut([from, to]) {
+                } else {
+                    let slabs = self.slabs.get_disjoint_mut([from, to]);
+                    // Both exist: `from` was written, `to` was reserved.
+                    let [from, to] = slabs.expect("two different slabs of the cache");
                     to.as_f32_mut()[target..target + numbers]
                         .copy_from_slice(&from.as_f32()[start..start + numbers]);
                 }

@@ -236,17 +236,13 @@ fn more_rows_than_a_block_and_more_inputs_than_a_run() {
         let weight = Matrix::pack(&team, std::slice::from_ref(&stored));
         let rows = ROW_BLOCK + 31;
         let x = filled(rows, stored.columns(), 11);
-        let (mut inputs, mut out) = (Inputs::default(), Rows::new(rows, 40));
-        inputs.fill(&team, isa, Form::Float, (&x, None, None));
-        matmul(
-            &team,
+        let product = Product {
+            team: &team,
             isa,
-            &inputs,
-            &weight,
-            None,
-            Epilogue::Store,
-            &mut out,
-        );
+            weight: &weight,
+            form: Form::Float,
+        };
+        let out = product.of(&x, &(0..rows as u32).collect::<Vec<u32>>());
         for row in 0..rows {
             for (got, exact) in out.row(row).iter().zip(reference(x.row(row), &stored)) {
                 assert_close(*got, exact, stored.columns(), isa.name());
@@ -276,6 +272,21 @@ fn norm_bias_and_epilogues_agree_with_float64() {
         let before = random(77, outputs);
         let gated = Matrix::pack_gated(&team, &gate, &up);
         let plain = Matrix::pack(&team, &[gate.clone(), up.clone()]);
+        let product_onto = |mut out: Rows, weight: &Matrix, epilogue: Epilogue| {
+            matmul(&team, isa, &inputs, weight, Some(&bias), epilogue, &mut out);
+            out
+        };
+        let (wide, narrow) = (|| Rows::new(3, 2 * outputs), || Rows::new(3, outputs));
+        let mut residual = wide();
+        for row in 0..3 {
+            residual.row_mut(row)[..outputs].copy_from_slice(&before);
+        }
+        let out = product_onto(wide(), &plain, Epilogue::Store);
+        let capped = product_onto(wide(), &plain, Epilogue::Softcap(3.0));
+        let added = product_onto(residual, &plain, Epilogue::Add);
+        let silu = product_onto(narrow(), &gated, Epilogue::Gated(Activation::Silu));
+        let gelu = product_onto(narrow(), &gated, Epilogue::Gated(Activation::GeluTanh));
+        let [gate, up] = [gate, up].map(|weight| weight.to_f32());
         for row in 0..3 {
             let x: Vec<f64> = x.row(row).iter().map(|x| f64::from(*x)).collect();
             let scale = (x.iter().map(|x| x * x).sum::<f64>() / width as f64 + 1e-5).sqrt();
@@ -284,8 +295,8 @@ fn norm_bias_and_epilogues_agree_with_float64() {
                 .zip(norm_weight.as_slice())
                 .map(|(x, w)| x / scale * f64::from(*w));
             let normed: Vec<f64> = normed.collect();
-            let product = |weight: &Tensor, output: usize, bias: usize| -> f64 {
-                let row = &weight.to_f32()[output * width..][..width];
+            let product = |weight: &[f32], output: usize, bias: usize| -> f64 {
+                let row = &weight[output * width..][..width];
                 let dot: f64 = row
                     .iter()
                     .zip(&normed)
@@ -303,60 +314,6 @@ fn norm_bias_and_epilogues_agree_with_float64() {
                     isa.name()
                 );
             };
-            let mut out = Rows::new(3, 2 * outputs);
-            matmul(
-                &team,
-                isa,
-                &inputs,
-                &plain,
-                Some(&bias),
-                Epilogue::Store,
-                &mut out,
-            );
-            let mut capped = Rows::new(3, 2 * outputs);
-            matmul(
-                &team,
-                isa,
-                &inputs,
-                &plain,
-                Some(&bias),
-                Epilogue::Softcap(3.0),
-                &mut capped,
-            );
-            let mut added = Rows::new(3, 2 * outputs);
-            for row in 0..3 {
-                added.row_mut(row)[..outputs].copy_from_slice(&before);
-            }
-            matmul(
-                &team,
-                isa,
-                &inputs,
-                &plain,
-                Some(&bias),
-                Epilogue::Add,
-                &mut added,
-            );
-            let mut silu = Rows::new(3, outputs);
-            matmul(
-                &team,
-                isa,
-                &inputs,
-                &gated,
-                Some(&bias),
-                Epilogue::Gated(Activation::Silu),
-                &mut silu,
-            );
-            let mut gelu = Rows::new(3, outputs);
-            let tanh_form = Epilogue::Gated(Activation::GeluTanh);
-            matmul(
-                &team,
-                isa,
-                &inputs,
-                &gated,
-                Some(&bias),
-                tanh_form,
-                &mut gelu,
-            );
             for (output, before) in before.iter().enumerate() {
                 let (g, u) = (
                     product(&gate, output, output),

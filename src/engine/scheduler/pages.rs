@@ -7,6 +7,8 @@
 //! released twice nor used after its release.
 
 use crate::backend::PAGE_LEN;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
 /// One holder's claim on a page. Dropping it without [`PagePool::release`] keeps the page taken.
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -41,8 +43,9 @@ pub struct PagePool {
     capacity: usize,
     /// Holders of each page that was ever taken.
     holders: Vec<u32>,
-    /// Pages without holders, the next to be taken last.
-    free: Vec<u32>,
+    /// Pages without holders. The lowest is taken next, so that a prompt's pages lie side by side
+    /// again after others came and went.
+    free: BinaryHeap<Reverse<u32>>,
 }
 
 impl PagePool {
@@ -53,14 +56,14 @@ impl PagePool {
         PagePool {
             capacity,
             holders: Vec::new(),
-            free: Vec::new(),
+            free: BinaryHeap::new(),
         }
     }
 
     /// Takes one free page.
     pub fn allocate(&mut self) -> Result<Page, OutOfPages> {
         let page = match self.free.pop() {
-            Some(page) => page,
+            Some(Reverse(page)) => page,
             None if self.holders.len() < self.capacity => {
                 self.holders.push(0);
                 (self.holders.len() - 1) as u32
@@ -110,7 +113,7 @@ impl PagePool {
         *holders -= 1;
         let freed = *holders == 0;
         if freed {
-            self.free.push(page.0);
+            self.free.push(Reverse(page.0));
         }
         assert!(
             self.free.len() <= self.holders.len(),
