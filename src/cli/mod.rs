@@ -18,6 +18,7 @@ mod output;
 mod progress;
 mod report;
 mod score;
+mod serve;
 mod session;
 mod sweep;
 mod train;
@@ -47,6 +48,7 @@ enum Command {
     Collect(collect::CollectOptions),
     Train(Box<train::TrainCommand>),
     Eval(eval::EvalCommand),
+    Serve(Box<serve::ServeOptions>),
     Bench(bench::BenchOptions),
     Devices(devices::DevicesOptions),
 }
@@ -64,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Collect(options) => collect::run(&global, options),
         Command::Train(command) => train::run(&global, command),
         Command::Eval(command) => eval::run(&global, command),
+        Command::Serve(options) => serve::run(&global, options),
         Command::Bench(options) => bench::run(&global, options),
         Command::Devices(options) => devices::run(&global, options),
     };

@@ -93,6 +93,19 @@ impl Session {
         Ok(session)
     }
 
+    /// Engine, tokenizer (or what is wrong with its files) and chat template, each for an owner of its
+    /// own.
+    #[allow(clippy::type_complexity)]
+    pub fn into_parts(
+        self,
+    ) -> (
+        Engine<Cpu>,
+        Result<Arc<Tokenizer>, TextError>,
+        Result<ChatTemplate, TextError>,
+    ) {
+        (self.engine, self.tokenizer, self.template)
+    }
+
     /// A line on standard error, with `-v`.
     pub fn log(&self, line: impl FnOnce() -> String) {
         if self.verbose {
