@@ -1,21 +1,29 @@
 // out[row] = table[tokens[row]] · scale
 //
-//   table   [vocab_size, width] bfloat16, width a multiple of 8
+//   table   [vocab_size, stride] bfloat16, stride a multiple of 8
 //   tokens  [rows]
 //   out     [rows, width] float32: the residual stream
 //
-// A block is one row; a thread moves eight numbers at a time. Bound by memory: 6 bytes a number.
+// A block is one row; a thread moves eight numbers at a time where rows of out are whole eights. Bound by memory: 6 bytes
+// a number.
 
 #include "memory.cuh"
 
 constexpr unsigned THREADS = 128;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    embed(Global<const bf16> table, Global<const unsigned> tokens, float scale, unsigned width, Global<float> out) {
+    embed(Global<const bf16> table, Global<const unsigned> tokens, float scale, unsigned width, unsigned stride,
+          Global<float> out) {
     launch_dependents();
     wait_for_predecessor();
     const size_t row = blockIdx.x;
-    const auto from = view<const bf16x8>(table + size_t{tokens[row]} * width);
+    const Global<const bf16> numbers_of_token = table + size_t{tokens[row]} * stride;
+    if (width % 8 != 0) {
+        for (unsigned i = threadIdx.x; i < width; i += THREADS)
+            out[row * width + i] = __bfloat162float(numbers_of_token[i]) * scale;
+        return;
+    }
+    const auto from = view<const bf16x8>(numbers_of_token);
     const auto to = view<float4>(out + row * width);
     for (unsigned i = threadIdx.x; i < width / 8; i += THREADS) {
         const bf16x8 numbers = from[i];

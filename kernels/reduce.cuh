@@ -28,3 +28,20 @@ __device__ __forceinline__ float block_sum(float value, Shared<float> partial) {
     __syncthreads();
     return sum;
 }
+
+// The same largest number in every thread; NaN is passed over.
+template <unsigned Threads>
+__device__ __forceinline__ float block_max(float value, Shared<float> partial) {
+    static_assert(Threads % WARP_SIZE == 0 && Threads <= 1024, "whole warps");
+    value = warp_max(value);
+    if (lane_index() == 0) partial[warp_index()] = value;
+    __syncthreads();
+    float highest = -INFINITY;
+#pragma unroll
+    for (unsigned warp = 0; warp < Threads / WARP_SIZE; ++warp) {
+        const float of_warp = partial[warp];
+        highest = fmaxf(highest, of_warp);
+    }
+    __syncthreads();
+    return highest;
+}

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """Trains a ranker in PyTorch: the reference that other trainers are held against.
 
-Reads what `podium` writes: folders with `candidates.jsonl` (candidate lines with `labels`, and where
-wanted `mean_logprob`, `length` and `answers`, one entry a candidate) and `features.safetensors`
-(`prompt` [G, d], `candidates` [N1 + N2 + .., d], `offsets` [G + 1]). Writes a ranker's file, and its
-best-of-N accuracy on test items whose `key` (or prompt) does not occur in training.
-docs/RANKER.md has the formulas and the file format.
+Reads collections, the folders that `podium collect` writes, and writes a ranker's file and its
+best-of-N accuracy on test items whose `key` (or prompt) does not occur in training. `podium train`
+does the same, faster; this is for whoever wants to change the method. docs/RANKER.md has the formulas
+and the file format.
 
     scripts/train_ranker.py --train data/gcd/train --test data/gcd/test --kind pointwise \\
-        --extra-inputs mean_logprob --task gcd -o models/gcd.safetensors
+        --extra-inputs mean_logprob -o gcd.safetensors
 
 Needs torch, numpy and safetensors.
 """
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from collection import Collection
 from safetensors.torch import save
 
 MAX_PARAMETERS = 500_000
@@ -126,19 +125,24 @@ class Group:
         assert len(self.labels) == len(candidates), f"{self.id}: {len(self.labels)} labels, {len(candidates)} features"
         self.extra = torch.tensor([line[name] for name in extra_inputs]).T.reshape(len(candidates), -1).float()
         self.mean_logprob, self.answers = line.get("mean_logprob"), line.get("answers")
+        # Where no candidate has an answer, answers mean nothing.
+        if self.answers and not any(self.answers):
+            self.answers = None
 
 
-def read(folders, extra_inputs):
-    groups, metadata = [], {}
-    for folder in folders:
-        with safe_open(Path(folder) / "features.safetensors", "pt") as file:
-            metadata = file.metadata() or {}
-            prompt, candidates, offsets = (file.get_tensor(name) for name in ("prompt", "candidates", "offsets"))
-        lines = [json.loads(line) for line in open(Path(folder) / "candidates.jsonl") if line.strip()]
-        assert len(lines) == len(prompt), f"{folder}: {len(lines)} lines, features of {len(prompt)} prompts"
-        for i, line in enumerate(lines):
-            groups.append(Group(line, prompt[i], candidates[offsets[i] : offsets[i + 1]], extra_inputs))
-    return groups, metadata
+def read(folders, layer, extra_inputs):
+    """Groups of all folders with the features after one layer (default: of those that were collected
+    the one closest to 0.6 of the way up), and what the folders say of the model."""
+    groups, about = [], {}
+    for collection in map(Collection, folders):
+        info = collection.info
+        layer = layer or min(info["feature_layers"], key=lambda l: abs(l - round(0.6 * info["layers"])))
+        model = {name: info[name] for name in ("model", "fingerprint", "layers", "hidden_size")}
+        assert not about or model.items() <= about.items(), f"{collection.folder}: made by another model"
+        about = {**model, "task": info["task"], "layer": layer}
+        for line, (prompt, candidates) in zip(collection.lines, collection.features(layer)):
+            groups.append(Group(line, prompt.float(), candidates.float(), extra_inputs))
+    return groups, about
 
 
 def statistics_of(x, name):
@@ -326,7 +330,8 @@ def arguments():
     add("--test", nargs="+", required=True, help="folders of test items")
     add("-o", "--output", required=True, help="the ranker's file; metrics go beside it as .json")
     add("--name", help="default: the file's stem")
-    add("--task")
+    add("--task", help="default: the collection's")
+    add("--layer", type=int, help="default: the collected one closest to 0.6 of the way up")
     add("--kind", choices=["listwise", "pointwise", "linear"], default="pointwise")
     add("--loss", choices=["listwise", "binary"], help="default: listwise for that kind, else binary")
     add("--extra-inputs", nargs="*", choices=["mean_logprob", "length"], default=[])
@@ -346,10 +351,6 @@ def arguments():
     add("--validation", type=float, default=0.15, help="part of the training items")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="steps are small: more gain little")
-    for field in ("model-name", "model-fingerprint", "feature-position"):
-        add(f"--{field}", help="where the features' metadata does not say")
-    for field in ("layer", "layers"):
-        add(f"--{field}", type=int, help="where the features' metadata does not say")
     return parser.parse_args()
 
 
@@ -357,29 +358,23 @@ def main():
     options = arguments()
     options.loss = options.loss or ("listwise" if options.kind == "listwise" else "binary")
     torch.set_num_threads(options.threads)
-    training, metadata = read(options.train, options.extra_inputs)
-    test, _ = read(options.test, options.extra_inputs)
-
-    def known(field, key):
-        value = getattr(options, field) or metadata.get(key)
-        assert value, f"the features do not say {key}: give --{field.replace('_', '-')}"
-        return value
+    training, about = read(options.train, options.layer, options.extra_inputs)
+    test, _ = read(options.test, about["layer"], options.extra_inputs)
 
     config = {
         "format_version": 1,
         "name": options.name or Path(options.output).stem,
         "kind": options.kind,
-        "hidden_size": training[0].prompt.shape[0],
-        "layer": int(known("layer", "layer")),
-        "layers": int(known("layers", "layers")),
-        "feature_position": options.feature_position or metadata.get("feature_position", "last_token"),
+        "task": options.task or about["task"],
+        "hidden_size": about["hidden_size"],
+        "layer": about["layer"],
+        "layers": about["layers"],
+        "feature_position": "last_token",
         "normalization": options.normalization,
         "extra_inputs": options.extra_inputs,
-        "model_name": known("model_name", "model"),
-        "model_fingerprint": known("model_fingerprint", "model_fingerprint"),
+        "model_name": about["model"],
+        "model_fingerprint": about["fingerprint"],
     }
-    if options.task:
-        config["task"] = options.task
     if options.kind != "linear":
         for field in ("projection_width", "feed_forward_width", "relevance"):
             config[field] = getattr(options, field)

@@ -214,14 +214,19 @@ fn commands_that_are_none() {
 #[test]
 fn devices_that_this_build_does_not_have() {
     let model = ChatModel::new(1);
-    for device in ["cuda", "cuda:1", "emulate"] {
+    for device in ["cuda", "cuda:1"] {
         let arguments = ["generate", "Hi", "--device", device];
         refuses(
             with(model.path(), &arguments),
             1,
-            "this build has no CUDA kernels",
+            "this build cannot drive a GPU yet",
         );
     }
+    refuses(
+        with(model.path(), &["bench", "--device", "emulate"]),
+        2,
+        "podium bench measures the CPU",
+    );
     let mut command = with(model.path(), &["generate", "Hi"]);
     command.env("PODIUM_ISA", "mmx");
     refuses(command, 2, "PODIUM_ISA=mmx: this processor runs");

@@ -172,6 +172,7 @@ unsigned atomicInc(P at, unsigned limit) {
 
 // Arithmetic
 
+using std::isnan;
 using std::max;
 using std::min;
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
@@ -196,6 +197,10 @@ inline int __ffs(int a) { return a == 0 ? 0 : std::countr_zero(static_cast<unsig
 inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
 }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+inline unsigned long long __float2ull_rn(float a) { return static_cast<unsigned long long>(std::nearbyint(a)); }
 inline float __saturatef(float a) { return std::isnan(a) ? 0.0f : std::clamp(a, 0.0f, 1.0f); }
 
 // Makes a kernel known by its name.

@@ -22,6 +22,12 @@ pub enum BackendError {
     OutOfMemory { what: String, needed: usize },
     #[error("cannot start {threads} threads: {reason}")]
     Threads { threads: usize, reason: String },
+    #[error(
+        "this model's heads are {head_dim} numbers wide, and the CUDA kernels take at most {most}; use --device cpu"
+    )]
+    HeadTooWide { head_dim: usize, most: usize },
+    #[error(transparent)]
+    Device(#[from] cuda::device::DeviceError),
     #[error(transparent)]
     Logits(#[from] sampling::LogitsError),
 }

@@ -11,9 +11,9 @@ use console::style;
 use serde::Serialize;
 
 use super::error::CliError;
-use super::options::GlobalOptions;
+use super::options::{Device, GlobalOptions};
 use super::progress::{Progress, Unit};
-use super::session::Session;
+use super::session::{cpu, load, open_files};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::limits::{self, Limits};
 use crate::backend::random::uniform;
@@ -170,8 +170,12 @@ impl Times {
 
 pub fn run(global: &GlobalOptions, options: &BenchOptions) -> Result<(), CliError> {
     options.check()?;
-    let session = Session::open(global)?;
-    let model = session.engine.model();
+    if !matches!(global.device, Device::Auto | Device::Cpu) {
+        let problem = "podium bench measures the CPU: give --device cpu";
+        return Err(CliError::Usage(problem.to_string()));
+    }
+    let cpu = cpu(global)?;
+    let model = &load(cpu, &open_files(global)?)?;
     options.check_context(model)?;
     let backend = &model.backend;
     let before = limits::measure(backend.team(), backend.isa());

@@ -300,7 +300,6 @@ impl CollectOptions {
         }
         feature_layers.sort_unstable();
         feature_layers.dedup();
-        let model = session.engine.model();
         let generates = data.items.iter().any(|item| item.candidates.is_none());
         let sampling = match generates {
             true => self.sampling_info(session),
@@ -309,8 +308,8 @@ impl CollectOptions {
         Ok(CollectionInfo {
             format: FORMAT,
             task: self.task_name(data),
-            model: model.name.clone(),
-            fingerprint: model.fingerprint.clone(),
+            model: session.engine.model_name().to_string(),
+            fingerprint: session.engine.fingerprint().to_string(),
             layers: config.layers,
             hidden_size: config.hidden_size,
             feature_layers,

@@ -9,6 +9,7 @@ use super::error::CliError;
 use super::options::GlobalOptions;
 use super::session::isa;
 use crate::backend::cpu::simd::Isa;
+use crate::backend::cuda::images;
 use crate::model::default_model;
 use crate::ranker::builtin;
 
@@ -48,7 +49,9 @@ struct CpuDevice {
 #[derive(Serialize)]
 struct CudaSupport {
     built: bool,
-    architectures: Vec<String>,
+    architectures: Vec<&'static str>,
+    /// Whether `--device emulate` runs the kernels on the CPU.
+    emulated: bool,
 }
 
 #[derive(Serialize)]
@@ -66,6 +69,7 @@ struct BuiltinRanker {
 }
 
 pub fn run(global: &GlobalOptions, _options: &DevicesOptions) -> Result<(), CliError> {
+    let architectures = images::architectures();
     let devices = Devices {
         version: env!("CARGO_PKG_VERSION"),
         cpu: CpuDevice {
@@ -77,8 +81,9 @@ pub fn run(global: &GlobalOptions, _options: &DevicesOptions) -> Result<(), CliE
             available_memory_bytes: linux_memory("MemAvailable"),
         },
         cuda: CudaSupport {
-            built: false,
-            architectures: Vec::new(),
+            built: !architectures.is_empty(),
+            architectures,
+            emulated: true,
         },
         default_model: DefaultModel {
             path: default_model::expected_path()
@@ -104,9 +109,9 @@ pub fn run(global: &GlobalOptions, _options: &DevicesOptions) -> Result<(), CliE
     let Devices {
         version,
         cpu,
+        cuda,
         default_model,
         rankers,
-        ..
     } = devices;
     writeln!(stdout, "podium   {version}")?;
     let name = cpu.name.as_deref().unwrap_or("unknown processor");
@@ -129,7 +134,18 @@ pub fn run(global: &GlobalOptions, _options: &DevicesOptions) -> Result<(), CliE
             gib(available)
         )?;
     }
-    writeln!(stdout, "cuda     none in this build")?;
+    match cuda.architectures.is_empty() {
+        true => writeln!(stdout, "cuda     no kernels for GPUs in this build")?,
+        false => writeln!(
+            stdout,
+            "cuda     kernels for {}",
+            cuda.architectures.join(", ")
+        )?,
+    }
+    writeln!(
+        stdout,
+        "emulate  the CUDA kernels on the CPU, each access checked; slow"
+    )?;
     let path = default_model
         .path
         .as_deref()

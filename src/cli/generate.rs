@@ -223,7 +223,7 @@ fn answer(global: &GlobalOptions, options: &GenerateOptions) -> Result<(), CliEr
     let interrupted = interrupt::interrupted();
 
     let asked = Asked {
-        model: &session.engine.model().name,
+        model: session.engine.model_name(),
         prompt: &text,
         messages: messages.as_deref(),
         prompt_tokens: request.prompt_token_ids.len(),

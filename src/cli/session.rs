@@ -10,10 +10,16 @@ use serde::Deserialize;
 use super::error::CliError;
 use super::options::{Device, DtypeChoice, GlobalOptions};
 use super::progress::{Progress, Unit};
+use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
+use crate::backend::cuda::Cuda;
+use crate::backend::cuda::emulated::{Checks, Emulated};
 use crate::backend::sampling::SamplingParams;
-use crate::engine::{Engine, EngineError, ScoreRequest};
+use crate::engine::{
+    Engine, EngineError, GenerateRequest, Generated, Observer, ScoreRequest, Scored,
+};
+use crate::model::config::ModelConfig;
 use crate::model::files::{ModelFiles, TextSource};
 use crate::model::forward::Model;
 use crate::model::text::{ChatMessage, ChatRequest, ChatTemplate, TextError, Tokenizer};
@@ -29,9 +35,55 @@ const DEFAULT_TEMPERATURE: f32 = 0.7;
 /// Longest `generation_config.json` that is read.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
+/// An engine, whichever device it is on.
+pub trait AnyEngine {
+    /// [`Engine::generate`]
+    fn generate(
+        &mut self,
+        request: &GenerateRequest,
+        observer: &mut Observer,
+    ) -> Result<Generated, EngineError>;
+    /// [`Engine::score`]
+    fn score(&mut self, request: &ScoreRequest) -> Result<Scored, EngineError>;
+    fn config(&self) -> &ModelConfig;
+    fn model_name(&self) -> &str;
+    fn fingerprint(&self) -> &str;
+    fn device(&self) -> String;
+}
+
+impl<B: Backend> AnyEngine for Engine<B> {
+    fn generate(
+        &mut self,
+        request: &GenerateRequest,
+        observer: &mut Observer,
+    ) -> Result<Generated, EngineError> {
+        Engine::generate(self, request, observer)
+    }
+
+    fn score(&mut self, request: &ScoreRequest) -> Result<Scored, EngineError> {
+        Engine::score(self, request)
+    }
+
+    fn config(&self) -> &ModelConfig {
+        Engine::config(self)
+    }
+
+    fn model_name(&self) -> &str {
+        &self.model().name
+    }
+
+    fn fingerprint(&self) -> &str {
+        &self.model().fingerprint
+    }
+
+    fn device(&self) -> String {
+        self.model().backend.name()
+    }
+}
+
 /// A model, ready to answer.
 pub struct Session {
-    pub engine: Engine<Cpu>,
+    pub engine: Box<dyn AnyEngine>,
     /// Or why there is none, which matters only to those who come with text.
     tokenizer: Result<Arc<Tokenizer>, TextError>,
     template: Result<ChatTemplate, TextError>,
@@ -44,30 +96,17 @@ impl Session {
     pub fn open(options: &GlobalOptions) -> Result<Session, CliError> {
         let started = Instant::now();
         let backend = backend(options)?;
-        let path = match &options.model {
-            Some(model) => hub::resolve(model)?,
-            None => default_model::path()?,
-        };
-        let files = ModelFiles::open(&path)?;
-        let files = match options.dtype {
-            DtypeChoice::Auto => files,
-            DtypeChoice::Q8 => files.quantized(),
-        };
+        let files = open_files(options)?;
         let tokenizer = Tokenizer::from_source(files.text_source()).map(Arc::new);
         let template = match &tokenizer {
             Ok(tokenizer) => ChatTemplate::from_source(files.text_source(), tokenizer),
             Err(_) => Err(TextError::NoChatTemplate),
         };
         let sampling = generation_defaults(&files);
-        let bytes = files
-            .tensor_names()
-            .map(|name| files.tensor(name).map(|tensor| tensor.data.len() as u64));
-        let progress = Progress::new("loading", Some(bytes.sum::<Result<u64, _>>()?), Unit::Bytes);
-        let model = Model::load(backend, &files, &mut |bytes| progress.advance(bytes))?;
-        drop(progress);
-        let engine = match &tokenizer {
-            Ok(tokenizer) => Engine::new(model, tokenizer.clone())?,
-            Err(_) => Engine::without_text(model)?,
+        let for_text = tokenizer.as_ref().ok();
+        let engine = match backend {
+            AnyBackend::Cpu(cpu) => boxed_engine(load(cpu, &files)?, for_text)?,
+            AnyBackend::Cuda(cuda) => boxed_engine(load(cuda, &files)?, for_text)?,
         };
         let session = Session {
             engine,
@@ -77,16 +116,16 @@ impl Session {
             verbose: options.verbose,
         };
         session.log(|| {
-            let (model, config) = (session.engine.model(), session.engine.config());
+            let (engine, config) = (&session.engine, session.engine.config());
             format!(
                 "model {} ({}, {} layers, hidden size {}, context {}, fingerprint {}) on {}, opened in {:.2} s",
-                model.name,
+                engine.model_name(),
                 config.architecture,
                 config.layers,
                 config.hidden_size,
                 config.max_position_embeddings,
-                model.fingerprint,
-                crate::backend::Backend::name(&model.backend),
+                engine.fingerprint(),
+                engine.device(),
                 started.elapsed().as_secs_f64(),
             )
         });
@@ -178,7 +217,7 @@ impl Session {
 
     /// Where features of this model and layer come from; refuses a layer that it does not have.
     pub fn feature_source(&self, layer: usize) -> Result<FeatureSource, CliError> {
-        let (model, config) = (self.engine.model(), self.engine.config());
+        let (engine, config) = (&self.engine, self.engine.config());
         if layer > config.layers {
             return Err(EngineError::UnknownLayer {
                 layer,
@@ -188,8 +227,8 @@ impl Session {
         }
         Ok(FeatureSource {
             layer,
-            model: model.name.clone(),
-            fingerprint: model.fingerprint.clone(),
+            model: engine.model_name().to_string(),
+            fingerprint: engine.fingerprint().to_string(),
             hidden_size: config.hidden_size,
         })
     }
@@ -201,7 +240,8 @@ impl Session {
 
     /// The ranker in a file, or the built-in one of that name; checked against the model.
     pub fn ranker(&self, name: &str) -> Result<Arc<Ranker>, CliError> {
-        let (model, config) = (self.engine.model(), self.engine.config());
+        let config = self.engine.config();
+        let fingerprint = self.engine.fingerprint();
         let path = Path::new(name);
         let ranker = if path.is_file() {
             Ranker::load(path)?
@@ -209,13 +249,13 @@ impl Session {
             let looks_like_a_path =
                 name.contains(std::path::MAIN_SEPARATOR) || path.extension().is_some();
             let known = builtin().iter().any(|ranker| ranker.config().name == name);
-            match find_builtin(name, &model.fingerprint) {
+            match find_builtin(name, fingerprint) {
                 Ok(ranker) => ranker.clone(),
                 Err(_) if looks_like_a_path && !known => return Err(no_such_ranker(name)),
                 Err(error) => return Err(error.into()),
             }
         };
-        ranker.check_model(&model.fingerprint, config.hidden_size, config.layers)?;
+        ranker.check_model(fingerprint, config.hidden_size, config.layers)?;
         self.log(|| {
             let config = ranker.config();
             format!(
@@ -244,24 +284,66 @@ fn no_such_ranker(name: &str) -> CliError {
     ))
 }
 
+/// The model's files, as the options name them and want their weights.
+pub fn open_files(options: &GlobalOptions) -> Result<ModelFiles, CliError> {
+    let path = match &options.model {
+        Some(model) => hub::resolve(model)?,
+        None => default_model::path()?,
+    };
+    let files = ModelFiles::open(&path)?;
+    Ok(match options.dtype {
+        DtypeChoice::Auto => files,
+        DtypeChoice::Q8 => files.quantized(),
+    })
+}
+
+/// The model on its device, with a bar while it loads.
+pub fn load<B: Backend>(backend: B, files: &ModelFiles) -> Result<Model<B>, CliError> {
+    let bytes = files
+        .tensor_names()
+        .map(|name| files.tensor(name).map(|tensor| tensor.data.len() as u64));
+    let progress = Progress::new("loading", Some(bytes.sum::<Result<u64, _>>()?), Unit::Bytes);
+    Ok(Model::load(backend, files, &mut |bytes| {
+        progress.advance(bytes)
+    })?)
+}
+
+fn boxed_engine<B: Backend>(
+    model: Model<B>,
+    tokenizer: Option<&Arc<Tokenizer>>,
+) -> Result<Box<dyn AnyEngine>, CliError> {
+    Ok(Box::new(match tokenizer {
+        Some(tokenizer) => Engine::new(model, tokenizer.clone())?,
+        None => Engine::without_text(model)?,
+    }))
+}
+
+enum AnyBackend {
+    Cpu(Cpu),
+    Cuda(Cuda),
+}
+
 /// The device that was asked for.
-fn backend(options: &GlobalOptions) -> Result<Cpu, CliError> {
-    let threads = options.threads()?;
+fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
     match options.device {
-        Device::Auto | Device::Cpu => {}
-        Device::Cuda { index } => {
-            return Err(CliError::Failed(format!(
-                "--device cuda:{index}: this build has no CUDA kernels; use --device cpu"
-            )));
-        }
+        Device::Auto | Device::Cpu => Ok(AnyBackend::Cpu(cpu(options)?)),
+        Device::Cuda { index } => Err(CliError::Failed(format!(
+            "--device cuda:{index}: this build cannot drive a GPU yet; use --device cpu, or --device emulate to run its kernels on the CPU"
+        ))),
         Device::Emulate => {
-            return Err(CliError::Failed(
-                "--device emulate: this build has no CUDA kernels to emulate; use --device cpu"
-                    .to_string(),
-            ));
+            let threads = options.threads()?;
+            let emulated = Emulated::new(Checks::default()).with_threads(threads);
+            let emulated = emulated.map_err(|reason| {
+                CliError::Failed(format!("cannot start {threads} threads: {reason}"))
+            })?;
+            Ok(AnyBackend::Cuda(Cuda::new(Arc::new(emulated))))
         }
     }
-    let cpu = Cpu::new(threads, isa()?)?;
+}
+
+/// The processor, with as many threads and the instruction set that were asked for.
+pub fn cpu(options: &GlobalOptions) -> Result<Cpu, CliError> {
+    let cpu = Cpu::new(options.threads()?, isa()?)?;
     Ok(if options.exact { cpu.exact() } else { cpu })
 }
 

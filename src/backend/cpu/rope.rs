@@ -41,6 +41,11 @@ impl Angles {
         Angles { values, pairs }
     }
 
+    /// `[rows][cos × pairs | sin × pairs]`
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
     fn rotate(&self, row: usize, head: &mut [f32]) {
         let (cos, sin) = self.values[row * 2 * self.pairs..][..2 * self.pairs].split_at(self.pairs);
         let (low, high) = head[..2 * self.pairs].split_at_mut(self.pairs);

@@ -37,13 +37,11 @@ pub fn sample(logits: &[f32], row: &SampleRow) -> Result<Sampled, LogitsError> {
         let random = uniform(row.seed, row.candidate, row.position);
         Ok(draw(&scratch.weights, random, &mut scratch.chunk_masses))
     })?;
-    let log_sum_exp = f64::from(statistics.log_sum_exp);
-    let logprob = |token: usize| (f64::from(logits[token]) - log_sum_exp) as f32;
-    let entropy_of_uniform = (logits.len() as f64).ln();
+    let logprob = |token: usize| statistics.logprob(logits[token]);
     Ok(Sampled {
         token: token as u32,
         logprob: logprob(token),
-        self_certainty: (log_sum_exp - f64::from(statistics.mean) - entropy_of_uniform) as f32,
+        self_certainty: statistics.self_certainty(logits.len()),
         top_logprobs: largest(logits, row.top_logprobs)
             .into_iter()
             .map(|token| (token as u32, logprob(token)))

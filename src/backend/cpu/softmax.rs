@@ -78,14 +78,32 @@ pub struct Statistics {
     pub mean: f32,
 }
 
+impl Statistics {
+    /// From Σ logit and Σ exp(logit - max) over `vocab_size` logits.
+    pub fn new(max: f32, sum: f64, sum_exp: f64, vocab_size: usize) -> Statistics {
+        Statistics {
+            max,
+            log_sum_exp: (f64::from(max) + sum_exp.ln()) as f32,
+            mean: (sum / vocab_size as f64) as f32,
+        }
+    }
+
+    /// Natural log-probability of a token with this logit.
+    pub fn logprob(&self, logit: f32) -> f32 {
+        (f64::from(logit) - f64::from(self.log_sum_exp)) as f32
+    }
+
+    /// KL divergence from the uniform distribution over `vocab_size` tokens, in nats.
+    pub fn self_certainty(&self, vocab_size: usize) -> f32 {
+        let entropy_of_uniform = (vocab_size as f64).ln();
+        (f64::from(self.log_sum_exp) - f64::from(self.mean) - entropy_of_uniform) as f32
+    }
+}
+
 /// Statistics of one row of logits, within 1e-6 relative of float64.
 pub fn statistics(logits: &[f32]) -> Statistics {
     let (max, sum) = max_and_sum(logits);
-    Statistics {
-        max,
-        log_sum_exp: (f64::from(max) + sum_exp(logits, max).ln()) as f32,
-        mean: (sum / logits.len() as f64) as f32,
-    }
+    Statistics::new(max, sum, sum_exp(logits, max), logits.len())
 }
 
 /// e^x for x ≤ 0, within 2 units in the last place; 0 below -87 (where float32 leaves its normal

@@ -2,6 +2,7 @@
 
 use super::device::{Address, Arguments, Device, DeviceError, Launch};
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,6 +52,8 @@ pub struct Emulated {
     checks: Checks,
     /// The first fault: from then on everything fails, as on a GPU.
     fault: Mutex<Option<DeviceError>>,
+    /// Threads that run blocks; rayon's own where there are none.
+    pool: Option<ThreadPool>,
 }
 
 /// What is checked besides bounds, alignment and barriers, which always are.
@@ -67,8 +70,17 @@ impl Emulated {
     pub fn new(checks: Checks) -> Emulated {
         Emulated {
             checks,
-            fault: Mutex::new(None),
+            ..Emulated::default()
         }
+    }
+
+    /// The same, its blocks on that many threads.
+    pub fn with_threads(self, threads: usize) -> Result<Emulated, ThreadPoolBuildError> {
+        let pool = ThreadPoolBuilder::new().num_threads(threads).build()?;
+        Ok(Emulated {
+            pool: Some(pool),
+            ..self
+        })
     }
 
     fn check(&self) -> Result<(), DeviceError> {
@@ -197,7 +209,7 @@ impl Device for Emulated {
         let pointers = Shared(arguments.pointers().as_ptr());
         let stop = AtomicBool::new(false);
         let blocks = u64::from(grid[0]) * u64::from(grid[1]) * u64::from(grid[2]);
-        let fault = (0..blocks).into_par_iter().find_map_any(|number| {
+        let run_block = |number: u64| {
             if stop.load(Ordering::Relaxed) {
                 return None;
             }
@@ -226,7 +238,12 @@ impl Device for Emulated {
                 let text = unsafe { CStr::from_ptr(error.as_ptr()) };
                 text.to_string_lossy().into_owned()
             })
-        });
+        };
+        let run_all = || (0..blocks).into_par_iter().find_map_any(run_block);
+        let fault = match &self.pool {
+            Some(pool) => pool.install(run_all),
+            None => run_all(),
+        };
         match fault {
             Some(message) => Err(self.fail(DeviceError::Fault(message))),
             None => Ok(()),

@@ -1,16 +1,28 @@
 //! The CUDA backend: the kernels of `kernels/`, on a GPU or emulated on the CPU.
 //!
 //! Each file of `kernels/` has a module of its name here: how it is launched, and its test against
-//! float64.
+//! float64. [`Cuda`] makes the forward pass's operations of them.
 
 pub mod attention;
+mod backend;
+pub mod copy_rows;
 pub mod device;
 pub mod embed;
 pub mod emulated;
 pub mod gather_rank;
 pub mod images;
+mod kv_cache;
 pub mod matmul_skinny;
+mod matrix;
 pub mod norm;
+mod plan;
 pub mod rope_append;
+pub mod sample;
 #[cfg(test)]
 mod testing;
+pub mod token_logprobs;
+
+pub use backend::{Cuda, Rows};
+pub use kv_cache::KvCache;
+pub use matrix::Matrix;
+pub use plan::Plan;

@@ -297,7 +297,14 @@ fn parse(line: &[u8], number: usize) -> Result<CollectionItem, String> {
             id => id,
         },
         reference: line.reference.filter(|reference| !reference.is_null()),
-        answers: line.answers.unwrap_or_else(|| vec![None; n]),
+        answers: match line.answers {
+            // An empty answer, as other programs may write it, is none: it must not win a vote.
+            Some(answers) => answers
+                .into_iter()
+                .map(|answer| answer.filter(|answer| !answer.trim().is_empty()))
+                .collect(),
+            None => vec![None; n],
+        },
         labels: line.labels,
         mean_logprob: line.mean_logprob,
         length: line.length,

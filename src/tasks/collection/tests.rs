@@ -143,6 +143,17 @@ fn what_was_written_is_read() {
 }
 
 #[test]
+fn an_empty_answer_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 1, 1);
+    let path = dir.path().join(CANDIDATES);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("[null,null]", "[\" \",\"7\"]")).unwrap();
+    let collection = Collection::open(dir.path()).unwrap();
+    assert_eq!(collection.items()[0].answers, [None, Some("7".into())]);
+}
+
+#[test]
 fn bf16_is_rounded_to_the_nearest() {
     let folder = tempfile::tempdir().unwrap();
     let mut info = info(1, FeatureDtype::Bf16);

@@ -1,0 +1,457 @@
+//! [`Cuda`]: the operations of the forward pass, each of them one or two launches.
+
+use super::attention::{Scores, Spans, attention};
+use super::copy_rows::copy_rows;
+use super::device::{Buffer, Device, DeviceError, Plain};
+use super::embed::embed;
+use super::kv_cache::KvCache;
+use super::matmul_skinny::{Epilogue, Shape, matmul_skinny, stride};
+use super::matrix::Matrix;
+use super::norm::{norm_add, norm_rows, round_rows};
+use super::plan::{AngleTables, Plan};
+use super::rope_append::{self, rope_append};
+use super::sample::sample;
+use super::token_logprobs::token_logprobs;
+use crate::backend::sampling::{SampleRow, Sampled};
+use crate::backend::{Attention, Backend, BackendError, Batch, KvShape, Norm, PageId};
+use crate::model::config::{Activation, Rope};
+use crate::model::tensor::Tensor;
+use half::bf16;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// The widest head that the kernels' registers hold.
+const MAX_HEAD_DIM: usize = 512;
+
+/// A GPU, or its emulation.
+///
+/// Weights and keys and values are bfloat16, and so are the inputs of a product, which is added up in
+/// float32; the residual stream and all else is float32. A row's numbers do not depend on what other
+/// rows there are.
+pub struct Cuda {
+    device: Arc<dyn Device>,
+    /// The first failure of a launch. Operations have no result, so it is told by the next call that
+    /// has one.
+    fault: Mutex<Option<DeviceError>>,
+    angles: AngleTables,
+    /// The left side of a product, and a result that is not yet the operation's.
+    inputs: Mutex<Scratch<bf16>>,
+    unfinished: Mutex<Scratch<f32>>,
+}
+
+/// Float32 activations `[rows, width]`.
+pub struct Rows {
+    buffer: Buffer<f32>,
+    rows: usize,
+    width: usize,
+}
+
+/// Memory that operations use while they run. It grows, and stays.
+struct Scratch<T>(Option<Buffer<T>>);
+
+impl<T: Plain> Scratch<T> {
+    fn at_least(
+        &mut self,
+        device: &Arc<dyn Device>,
+        len: usize,
+    ) -> Result<&Buffer<T>, DeviceError> {
+        if self.0.as_ref().is_none_or(|buffer| buffer.len() < len) {
+            self.0 = None;
+            self.0 = Some(Buffer::new(device, len, "intermediate results")?);
+        }
+        // Made above, where there was none.
+        Ok(self.0.as_ref().expect("scratch memory"))
+    }
+}
+
+/// What a panicking operation left behind is overwritten by the next.
+fn lock<T>(memory: &Mutex<T>) -> MutexGuard<'_, T> {
+    memory.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Cuda {
+    pub fn new(device: Arc<dyn Device>) -> Cuda {
+        Cuda {
+            device,
+            fault: Mutex::new(None),
+            angles: AngleTables::default(),
+            inputs: Mutex::new(Scratch(None)),
+            unfinished: Mutex::new(Scratch(None)),
+        }
+    }
+
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    fn check(&self) -> Result<(), BackendError> {
+        match &*lock(&self.fault) {
+            Some(fault) => Err(fault.clone().into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs an operation, unless one has failed before.
+    fn run(&self, operation: impl FnOnce() -> Result<(), DeviceError>) {
+        let mut fault = lock(&self.fault);
+        if fault.is_none() {
+            *fault = operation().err();
+        }
+    }
+
+    /// `out = epilogue(inputs · weightᵀ + bias)`
+    fn product(
+        &self,
+        inputs: &Buffer<bf16>,
+        weight: &Matrix,
+        bias: Option<&Buffer<f32>>,
+        epilogue: Epilogue,
+        rows: usize,
+        out: &Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        let shape = Shape {
+            rows,
+            out_features: weight.out_features,
+            stride: weight.stride,
+            width: weight.width,
+        };
+        matmul_skinny(
+            &*self.device,
+            inputs,
+            &weight.weight,
+            bias,
+            epilogue,
+            shape,
+            out,
+        )
+    }
+
+    /// `out = epilogue(norm(x) · weightᵀ + bias)`, of all rows, or those in `of`.
+    fn norm_product(
+        &self,
+        (x, of): (&Rows, Option<&[u32]>),
+        norm: Norm<Buffer<f32>>,
+        weight: &Matrix,
+        bias: Option<&Buffer<f32>>,
+        epilogue: Epilogue,
+        out: &Rows,
+    ) {
+        let rows = of.map_or(x.rows, <[u32]>::len);
+        if rows == 0 {
+            return;
+        }
+        self.run(|| {
+            let of = of
+                .map(|of| Buffer::from_slice(&self.device, of, "rows"))
+                .transpose()?;
+            let mut scratch = lock(&self.inputs);
+            let inputs = scratch.at_least(&self.device, rows * weight.stride)?;
+            let shape = (rows, x.width, weight.stride);
+            let (weight_of_norm, epsilon) = (norm.weight, norm.epsilon);
+            norm_rows(
+                &*self.device,
+                &x.buffer,
+                of.as_ref(),
+                weight_of_norm,
+                epsilon,
+                shape,
+                inputs,
+            )?;
+            self.product(inputs, weight, bias, epilogue, rows, &out.buffer)
+        });
+    }
+}
+
+impl Backend for Cuda {
+    type Matrix = Matrix;
+    type Vector = Buffer<f32>;
+    type Rows = Rows;
+    type KvCache = KvCache;
+    type Plan = Plan;
+
+    fn name(&self) -> String {
+        format!("cuda ({})", self.device.name())
+    }
+
+    fn matrix(&self, parts: &[Tensor]) -> Result<Matrix, BackendError> {
+        Ok(Matrix::pack(&self.device, parts)?)
+    }
+
+    fn gated_matrix(&self, gate: &Tensor, up: &Tensor) -> Result<Matrix, BackendError> {
+        Ok(Matrix::pack_gated(&self.device, gate, up)?)
+    }
+
+    fn matrix_bytes(&self, matrix: &Matrix) -> usize {
+        matrix.bytes()
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Buffer<f32>, BackendError> {
+        Ok(Buffer::from_slice(
+            &self.device,
+            values,
+            "a vector of weights",
+        )?)
+    }
+
+    fn rows(&self, rows: usize, width: usize) -> Result<Rows, BackendError> {
+        let buffer = Buffer::new(&self.device, rows * width, "activations")?;
+        Ok(Rows {
+            buffer,
+            rows,
+            width,
+        })
+    }
+
+    fn resize(&self, rows: &mut Rows, to: usize) -> Result<(), BackendError> {
+        self.check()?;
+        if rows.buffer.len() < to * rows.width {
+            *rows = self.rows(to, rows.width)?;
+        }
+        rows.rows = to;
+        Ok(())
+    }
+
+    fn read_row(&self, rows: &Rows, row: usize) -> Result<Vec<f32>, BackendError> {
+        self.check()?;
+        Ok(rows.buffer.read(row * rows.width, rows.width)?)
+    }
+
+    fn copy_rows(&self, from: &Rows, moves: &[(usize, usize)], to: &mut Rows) {
+        let Some(&(source, target)) = moves.first() else {
+            return;
+        };
+        self.run(|| {
+            let width = from.width;
+            let mut steps = moves.windows(2);
+            if steps.all(|m| (m[0].0 + 1, m[0].1 + 1) == m[1]) {
+                // One run: a copy that needs no list.
+                let bytes = moves.len() * width * size_of::<f32>();
+                let (from, to) = (from.buffer.at(source * width), to.buffer.at(target * width));
+                return self.device.copy(from, to, bytes);
+            }
+            let moves: Vec<u32> = moves
+                .iter()
+                .flat_map(|&(a, b)| [a as u32, b as u32])
+                .collect();
+            let moves = Buffer::from_slice(&self.device, &moves, "moves of rows")?;
+            copy_rows(&*self.device, &from.buffer, &moves, width, &to.buffer)
+        });
+    }
+
+    fn copy_row_within(&self, rows: &mut Rows, from: usize, to: usize) {
+        let place = |row: usize| rows.buffer.at(row * rows.width);
+        self.run(|| {
+            self.device
+                .copy(place(from), place(to), rows.width * size_of::<f32>())
+        });
+    }
+
+    fn kv_page_bytes(&self, shape: KvShape) -> usize {
+        KvCache::page_bytes(shape)
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> Result<KvCache, BackendError> {
+        if shape.head_dim > MAX_HEAD_DIM {
+            return Err(BackendError::HeadTooWide {
+                head_dim: shape.head_dim,
+                most: MAX_HEAD_DIM,
+            });
+        }
+        Ok(KvCache::new(&self.device, shape))
+    }
+
+    fn copy_page(&self, kv: &mut KvCache, from: PageId, to: PageId) -> Result<(), BackendError> {
+        self.check()?;
+        Ok(kv.copy(from, to)?)
+    }
+
+    fn plan(&self, batch: &Batch, ropes: &[&Rope], kv: &mut KvCache) -> Result<Plan, BackendError> {
+        self.check()?;
+        Ok(Plan::new(&self.device, batch, ropes, kv, &self.angles)?)
+    }
+
+    fn embed(&self, plan: &Plan, table: &Matrix, scale: f32, out: &mut Rows) {
+        if plan.rows == 0 {
+            return;
+        }
+        let shape = (plan.rows, out.width, table.stride);
+        self.run(|| {
+            embed(
+                &*self.device,
+                &table.weight,
+                &plan.tokens,
+                scale,
+                shape,
+                &out.buffer,
+            )
+        });
+    }
+
+    fn norm_matmul(
+        &self,
+        x: &Rows,
+        norm: Norm<Buffer<f32>>,
+        weight: &Matrix,
+        bias: Option<&Buffer<f32>>,
+        out: &mut Rows,
+    ) {
+        self.norm_product((x, None), norm, weight, bias, Epilogue::Store, out);
+    }
+
+    fn rope_append(
+        &self,
+        plan: &Plan,
+        attention: &Attention<Buffer<f32>>,
+        qkv: &mut Rows,
+        kv: &mut KvCache,
+    ) {
+        if plan.rows == 0 {
+            return;
+        }
+        let rows = rope_append::Rows {
+            rows: plan.rows,
+            angles: plan.angles(attention.rope),
+            pairs: attention.rope.frequencies.len(),
+            positions: &plan.positions,
+            pages: &plan.pages,
+            slots: &plan.slots,
+        };
+        let norms = [attention.query_norm, attention.key_norm];
+        // Both are RMSNorms of the one model.
+        let epsilon = norms.iter().flatten().map(|norm| norm.epsilon).next();
+        let [query, key] = norms.map(|norm| norm.map(|norm| norm.weight));
+        let (epsilon, layer) = (epsilon.unwrap_or(0.0), attention.layer);
+        let (device, shape) = (&*self.device, kv.shape());
+        self.run(|| {
+            rope_append(
+                device,
+                &qkv.buffer,
+                &rows,
+                (query, key),
+                epsilon,
+                shape,
+                layer,
+            )
+        });
+    }
+
+    fn attention(
+        &self,
+        plan: &Plan,
+        of_layer: &Attention<Buffer<f32>>,
+        qkv: &Rows,
+        kv: &KvCache,
+        out: &mut Rows,
+    ) {
+        if plan.rows == 0 {
+            return;
+        }
+        let spans = Spans {
+            rows: plan.rows,
+            pages: &plan.tables,
+            spans: &plan.spans,
+        };
+        let scores = Scores {
+            scale: of_layer.scale,
+            softcap: of_layer.softcap,
+            window: of_layer.window,
+        };
+        let (shape, layer) = (kv.shape(), of_layer.layer);
+        self.run(|| {
+            attention(
+                &*self.device,
+                &qkv.buffer,
+                &spans,
+                scores,
+                shape,
+                layer,
+                &out.buffer,
+            )
+        });
+    }
+
+    fn matmul_add(
+        &self,
+        x: &Rows,
+        weight: &Matrix,
+        bias: Option<&Buffer<f32>>,
+        norm: Option<Norm<Buffer<f32>>>,
+        residual: &mut Rows,
+    ) {
+        let rows = x.rows;
+        if rows == 0 {
+            return;
+        }
+        self.run(|| {
+            let mut scratch = lock(&self.inputs);
+            let inputs = scratch.at_least(&self.device, rows * stride(x.width))?;
+            round_rows(
+                &*self.device,
+                &x.buffer,
+                (rows, x.width, weight.stride),
+                inputs,
+            )?;
+            let Some(norm) = norm else {
+                return self.product(inputs, weight, bias, Epilogue::Add, rows, &residual.buffer);
+            };
+            let mut scratch = lock(&self.unfinished);
+            let product = scratch.at_least(&self.device, rows * weight.width)?;
+            self.product(inputs, weight, bias, Epilogue::Store, rows, product)?;
+            let shape = (rows, weight.width);
+            norm_add(
+                &*self.device,
+                product,
+                norm.weight,
+                norm.epsilon,
+                shape,
+                &residual.buffer,
+            )
+        });
+    }
+
+    fn norm_gated_matmul(
+        &self,
+        x: &Rows,
+        norm: Norm<Buffer<f32>>,
+        weight: &Matrix,
+        bias: Option<&Buffer<f32>>,
+        activation: Activation,
+        out: &mut Rows,
+    ) {
+        self.norm_product(
+            (x, None),
+            norm,
+            weight,
+            bias,
+            Epilogue::Gated(activation),
+            out,
+        );
+    }
+
+    fn lm_head(
+        &self,
+        x: &Rows,
+        rows: &[u32],
+        norm: Norm<Buffer<f32>>,
+        weight: &Matrix,
+        softcap: Option<f32>,
+        out: &mut Rows,
+    ) {
+        let epilogue = softcap.map_or(Epilogue::Store, Epilogue::Softcap);
+        self.norm_product((x, Some(rows)), norm, weight, None, epilogue, out);
+    }
+
+    fn sample(&self, logits: &Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>, BackendError> {
+        self.check()?;
+        sample(&self.device, &logits.buffer, logits.width, rows)
+    }
+
+    fn token_logprobs(&self, logits: &Rows, tokens: &[u32]) -> Result<Vec<f32>, BackendError> {
+        self.check()?;
+        Ok(token_logprobs(
+            &self.device,
+            &logits.buffer,
+            logits.width,
+            tokens,
+        )?)
+    }
+}
