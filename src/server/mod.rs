@@ -71,6 +71,7 @@ fn routes(state: Shared) -> Router {
         .route("/load", get(inspect::load))
         .route("/metrics", get(inspect::metrics))
         .route("/openapi.json", get(openapi::openapi))
+        .route("/", get(inspect::page))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(state.clone(), guard::guard))

@@ -176,8 +176,6 @@ impl<B: Backend> Worker<B> {
             }
             self.cancel_abandoned();
             self.step();
-            let load = self.engine.load();
-            *self.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
         }
     }
 
@@ -248,6 +246,9 @@ impl<B: Backend> Worker<B> {
             client.hear(event, metrics);
             ControlFlow::Continue(())
         });
+        // Before anybody hears of an end, so that whoever asks after it sees the pages free.
+        let load = self.engine.load();
+        *self.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
         for completed in completed {
             let Some(client) = self.clients.remove(&completed.group) else {
                 continue;
