@@ -63,7 +63,7 @@ __device__ __forceinline__ void attend_prefill(Global<const float> qkv, Global<c
 }
 
 #define ATTENTION_PREFILL(DIM, KEYS)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill_##DIM(                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_##DIM(                                        \
         Global<const float> qkv, Global<const Global<bf16>> pages, Global<const PrefillJob> jobs, float scale, float cap, \
         unsigned window, unsigned heads, unsigned kv_heads, unsigned head_dim, unsigned long long layer_offset,           \
         Global<float> out) {                                                                                              \

@@ -38,8 +38,11 @@ __device__ __forceinline__ void attend_prefix(Global<const float> qkv, Global<co
     const PrefixJob job = jobs[blockIdx.x];
     const unsigned kv_head = blockIdx.y, group = heads / kv_heads;
     const unsigned first_query = (job.tile * WARPS + warp_index()) * QUERIES + lane_index() / 4;
+    // Where a query's part goes: worked out anew at the end, which takes fewer registers than to keep it.
+    const auto place_of = [&](const PrefixJob& of_job, unsigned query) {
+        return size_t{of_job.slot + query / group} * heads + kv_head * group + query % group;
+    };
     Global<const float> queries[2] = {};
-    size_t places[2] = {};
     int from[2], to[2];
     bool sees = false;
 #pragma unroll
@@ -48,12 +51,11 @@ __device__ __forceinline__ void attend_prefix(Global<const float> qkv, Global<co
         from[i] = to[i] = 0;
         if (row >= job.rows) continue;
         queries[i] = qkv + (size_t{job.first_row + row} * (heads + 2 * kv_heads) + head) * head_dim;
-        places[i] = size_t{job.slot + row} * heads + head;
         const unsigned visible = positions[job.first_row + row] + 1;
         from[i] = static_cast<int>(window != 0 && visible > window ? visible - window : 0);
         to[i] = static_cast<int>(job.end);
         sees = sees || from[i] < to[i];
-        parts[places[i]] = {-INFINITY, 0.0f};  // unless the run is in the window
+        parts[place_of(job, query)] = {-INFINITY, 0.0f};  // unless the run is in the window
     }
     if (!__syncthreads_or(sees)) return;
     QueryTile<Dim, Keys> tile;
@@ -61,16 +63,19 @@ __device__ __forceinline__ void attend_prefix(Global<const float> qkv, Global<co
     const KeyRing<Dim, THREADS, Keys> ring{pages + job.table, layer_offset, kv_head, job.end};
     attend_run(tile, ring, job.first, job.end, from, to, Scoring{scale, cap});
     tile.finish_sums();
+    const PrefixJob again = jobs[blockIdx.x];
 #pragma unroll
     for (unsigned i = 0; i < 2; ++i) {
-        if (queries[i] == nullptr) continue;
-        tile.store(i, totals + places[i] * head_dim, head_dim, 1.0f);
-        if (lane_index() % 4 == 0) parts[places[i]] = {tile.highest[i], tile.sums[i]};
+        const unsigned query = (again.tile * WARPS + warp_index()) * QUERIES + lane_index() / 4 + i * 8;
+        if (query / group >= again.rows) continue;
+        const size_t place = place_of(again, query);
+        tile.store(i, totals + place * head_dim, head_dim, 1.0f);
+        if (lane_index() % 4 == 0) parts[place] = {tile.highest[i], tile.sums[i]};
     }
 }
 
 #define ATTENTION_PREFIX(DIM, KEYS)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS) attention_prefix_##DIM(                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefix_##DIM(                                          \
         Global<const float> qkv, Global<const Global<bf16>> pages, Global<const PrefixJob> jobs,                           \
         Global<const unsigned> positions, float scale, float cap, unsigned window, unsigned heads, unsigned kv_heads,      \
         unsigned head_dim, unsigned long long layer_offset, Global<Part> parts, Global<float> totals) {                    \

@@ -65,13 +65,13 @@ __device__ __forceinline__ void attend_suffix(Global<const float> qkv, Global<co
     }
 }
 
-// Half as many keys at a time as the others take: less shared memory, so that more warps fit beside each other.
+// Fewer keys at a time than the others take: less shared memory, so that more warps fit beside each other.
 #define ATTENTION_SUFFIX(DIM, KEYS)                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_suffix_##DIM(                                  \
         Global<const float> qkv, Global<const Global<bf16>> pages, Global<const SuffixJob> jobs,                      \
         Global<const unsigned> positions, float scale, float cap, unsigned window, unsigned heads, unsigned kv_heads, \
         unsigned head_dim, unsigned long long layer_offset, Global<Part> parts, Global<float> totals) {               \
-        attend_suffix<DIM, KEYS / 2>(qkv, pages, jobs, positions, scale, cap, window, heads, kv_heads, head_dim,      \
+        attend_suffix<DIM, (KEYS < 32 ? KEYS : 32)>(qkv, pages, jobs, positions, scale, cap, window, heads, kv_heads, head_dim,      \
                                      layer_offset, parts, totals);                                                    \
     }                                                                                                                 \
     KERNEL(attention_suffix_##DIM)

@@ -204,4 +204,4 @@ struct Part {
     KERNEL_OF_SIZE(80, 64)                 \
     KERNEL_OF_SIZE(96, 64)                 \
     KERNEL_OF_SIZE(128, 64)                \
-    KERNEL_OF_SIZE(256, 32)
+    KERNEL_OF_SIZE(256, 16)

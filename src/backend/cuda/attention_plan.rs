@@ -24,7 +24,7 @@ use std::sync::Arc;
 const BLOCK_QUERIES: usize = 64;
 /// Head sizes that the kernels are built for, rounded up to sixteen numbers, and keys at a time.
 const HEAD_SIZES: [(usize, usize); 6] =
-    [(32, 64), (64, 64), (80, 64), (96, 64), (128, 64), (256, 32)];
+    [(32, 64), (64, 64), (80, 64), (96, 64), (128, 64), (256, 16)];
 /// Own tokens of a part.
 const OWN_RUN: usize = 256;
 
@@ -88,11 +88,12 @@ impl Inputs<'_> {
         (self.layer * layer_len(self.shape)) as u64
     }
 
-    /// The kernel for these heads, and the shared memory of a block.
-    pub(super) fn kernel(&self, name: &str, keys_divided_by: usize) -> (String, u32) {
+    /// The kernel for these heads, and the shared memory of a block that takes at most so many keys at a
+    /// time.
+    pub(super) fn kernel(&self, name: &str, most_keys: usize) -> (String, u32) {
         let stride = head_stride(self.shape);
         let found = HEAD_SIZES.iter().find(|(size, _)| *size == stride);
-        let keys = found.map_or(0, |(_, keys)| keys / keys_divided_by);
+        let keys = found.map_or(0, |(_, keys)| *keys.min(&most_keys));
         // Two stages of keys and values, bfloat16.
         let shared_bytes = 2 * 2 * keys * (stride + 8) * 2;
         (format!("{name}_{stride}"), shared_bytes as u32)
@@ -124,7 +125,7 @@ fn is_built_for(shape: KvShape) -> bool {
     HEAD_SIZES
         .iter()
         .any(|(size, _)| *size == head_stride(shape))
-        && shape.head_dim % 2 == 0
+        && shape.head_dim.is_multiple_of(2)
 }
 
 impl AttentionPlan {

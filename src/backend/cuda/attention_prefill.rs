@@ -31,7 +31,7 @@ pub fn attention_prefill(
     jobs: &Buffer<PrefillJob>,
     out: &Buffer<f32>,
 ) -> Result<(), DeviceError> {
-    let (kernel, shared_bytes) = inputs.kernel("attention_prefill", 1);
+    let (kernel, shared_bytes) = inputs.kernel("attention_prefill", usize::MAX);
     let shape = inputs.shape;
     let mut arguments = arguments![
         inputs.qkv,

@@ -34,7 +34,7 @@ pub fn attention_prefix(
     jobs: &Buffer<PrefixJob>,
     parts: &Parts,
 ) -> Result<(), DeviceError> {
-    let (kernel, shared_bytes) = inputs.kernel("attention_prefix", 1);
+    let (kernel, shared_bytes) = inputs.kernel("attention_prefix", usize::MAX);
     let shape = inputs.shape;
     let mut arguments = arguments![
         inputs.qkv,

@@ -7,6 +7,8 @@ use crate::arguments;
 const THREADS: u32 = 32;
 /// Query heads of a block.
 const QUERIES: usize = 16;
+/// Keys at a time, at most.
+const MOST_KEYS: usize = 32;
 
 /// `SuffixJob` of the kernel, field for field.
 #[derive(Clone, Copy, Debug)]
@@ -35,7 +37,7 @@ pub fn attention_suffix(
     jobs: &Buffer<SuffixJob>,
     parts: &Parts,
 ) -> Result<(), DeviceError> {
-    let (kernel, shared_bytes) = inputs.kernel("attention_suffix", 2);
+    let (kernel, shared_bytes) = inputs.kernel("attention_suffix", MOST_KEYS);
     let shape = inputs.shape;
     let mut arguments = arguments![
         inputs.qkv,
