@@ -15,14 +15,11 @@ use super::error::CliError;
 use super::options::GlobalOptions;
 use super::session::Session;
 use crate::engine::MAX_CANDIDATES;
-use crate::engine::scheduler::Limits;
 use crate::engine::select::Strategy;
-use crate::model::text::{ChatTemplate, TextError, Tokenizer};
 use crate::server::config::ServerConfig;
 use crate::server::metrics::Metrics;
 use crate::server::rankers::{Origin, Rankers};
 use crate::server::state::{ModelInfo, Phase, Server};
-use crate::server::worker::EngineHandle;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -148,9 +145,9 @@ pub fn run(global: &GlobalOptions, options: &ServeOptions) -> Result<(), CliErro
     let (rankers, default_ranker) = rankers(&session, &named)?;
     config.default_ranker = default_ranker;
     let model = ModelInfo {
-        name: session.engine.model().name.clone(),
+        name: session.engine.model_name().to_string(),
         architecture: session.engine.config().architecture.to_string(),
-        fingerprint: session.engine.model().fingerprint.clone(),
+        fingerprint: session.engine.fingerprint().to_string(),
         hidden_size: session.engine.config().hidden_size,
         layers: session.engine.config().layers,
         vocab_size: session.engine.config().vocab_size,
@@ -162,22 +159,18 @@ pub fn run(global: &GlobalOptions, options: &ServeOptions) -> Result<(), CliErro
     config.max_tokens = config.max_tokens.min(model.context);
     let sampling = session.sampling.clone();
     let (engine, tokenizer, template) = session.into_parts();
-    let tokenizer: Arc<Tokenizer> = tokenizer?;
-    let template: Result<ChatTemplate, TextError> = template;
+    let tokenizer = tokenizer?;
 
-    let page_bytes = engine.page_bytes();
-    let memory = options.kv_memory.unwrap_or(4096).saturating_mul(1 << 20);
-    let pages = (memory / page_bytes).max(1);
-    let engine = engine.with_limits(Limits {
-        pages,
-        cached_pages: pages / 4,
-        candidates: options.max_batch.unwrap_or(256).max(1),
-        ..Limits::default()
-    });
     let failed = |error: String| CliError::Failed(error);
     let metrics = Metrics::new().map_err(|error| failed(format!("cannot count: {error}")))?;
     let metrics = Arc::new(metrics);
-    let engine = EngineHandle::start(engine, metrics.clone())
+    let memory = options.kv_memory.unwrap_or(4096).saturating_mul(1 << 20);
+    let (engine, pages) = engine
+        .serve(
+            memory,
+            options.max_batch.unwrap_or(256).max(1),
+            metrics.clone(),
+        )
         .map_err(|error| failed(format!("cannot start the engine's thread: {error}")))?;
     tracing::info!(
         model = model.name,
@@ -284,7 +277,7 @@ fn rankers(
     session: &Session,
     named: &[(String, String)],
 ) -> Result<(Rankers, Option<String>), CliError> {
-    let rankers = Rankers::for_model(&session.engine.model().fingerprint);
+    let rankers = Rankers::for_model(session.engine.fingerprint());
     for (name, file) in named {
         let ranker = session.ranker(file)?;
         rankers

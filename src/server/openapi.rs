@@ -74,12 +74,7 @@ const ROUTES: &[(&str, &str, &str, Option<&str>)] = &[
     ),
     ("get", "/ping", "The same, behind the key", None),
     ("post", "/ping", "The same, behind the key", None),
-    (
-        "get",
-        "/",
-        "A page to try it on; needs no key",
-        None,
-    ),
+    ("get", "/", "A page to try it on; needs no key", None),
     ("get", "/version", "The server's version", None),
     ("get", "/load", "What is being computed", None),
     ("get", "/metrics", "Figures for Prometheus", None),

@@ -500,6 +500,13 @@ fn a_server_tells_of_itself() {
     }
     assert!(routes > 15);
     assert!(described["components"]["schemas"]["Chat"]["properties"]["best_of"].is_object());
+    let (status, page) = server.get_text("/");
+    assert_eq!(status, 200);
+    // It is whole in itself.
+    assert!(page.starts_with("<!doctype html>") && page.ends_with("</html>\n"));
+    for elsewhere in ["http://", "https://", "src=", "@import", "<link"] {
+        assert!(!page.contains(elsewhere), "{elsewhere}");
+    }
     assert_eq!(server.get("/nowhere").0, 404);
     assert_eq!(server.get("/v1/completions").0, 405);
     assert!(described.to_string().len() > VOCAB_SIZE);
