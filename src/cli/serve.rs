@@ -1,6 +1,8 @@
 //! `podium serve`: the HTTP server.
 
 use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
@@ -8,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use clap::{ArgAction, Args, ValueEnum};
 use serde::Deserialize;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -201,10 +204,20 @@ pub fn run(global: &GlobalOptions, options: &ServeOptions) -> Result<(), CliErro
         .map_err(|error| failed(format!("cannot start the server's threads: {error}")))?;
     let served = runtime.block_on(async {
         let stop = stop_signal()?;
-        crate::server::serve(server, stop).await
+        let listener = TcpListener::bind((host.clone(), port)).await?;
+        announce(listener.local_addr()?)?;
+        crate::server::serve(server, listener, stop).await;
+        Ok::<_, std::io::Error>(())
     });
     runtime.shutdown_background();
     served.map_err(|error| failed(format!("cannot serve at {host}:{port}: {error}")))
+}
+
+/// The one line of standard output, once connections are taken.
+fn announce(address: SocketAddr) -> std::io::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "listening on http://{address}")?;
+    stdout.flush()
 }
 
 /// Resolves with the first SIGTERM or SIGINT; a second ends the process at once.
@@ -300,7 +313,7 @@ impl ServeOptions {
         let file: ServeOptions = toml::from_str(&text).map_err(|error| {
             let line = error
                 .span()
-                .map(|span| text[..span.start].lines().count().max(1));
+                .map(|span| 1 + text[..span.start].matches('\n').count());
             let place = line.map_or(String::new(), |line| format!("line {line}: "));
             failed(format!("{place}{}", error.message()))
         })?;

@@ -1,6 +1,5 @@
 //! Connections: how many, how slow, and how they end.
 
-use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,9 +26,7 @@ pub async fn listen(
     routes: Router,
     state: Shared,
     stop: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    let address = listener.local_addr()?;
-    announce(address)?;
+) {
     let drained = tokio::spawn(drain(state.clone(), stop));
     let (closing, closed) = watch::channel(false);
     let room = Arc::new(Semaphore::new(state.config.max_connections));
@@ -67,14 +64,6 @@ pub async fn listen(
     // Every connection holds a receiver.
     let _ = tokio::time::timeout(LAST_WORDS, closing.closed()).await;
     tracing::info!("stopped");
-    Ok(())
-}
-
-/// The one line of standard output.
-fn announce(address: SocketAddr) -> std::io::Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "listening on http://{address}")?;
-    stdout.flush()
 }
 
 /// Waits for the signal, then for what runs; ends what has not ended in time.

@@ -36,16 +36,12 @@ use error::ApiError;
 use state::{Server, Shared};
 
 /// Serves until `stop` resolves and what then runs has ended.
-///
-/// # Errors
-/// An address that cannot be had, or a standard output that nobody reads.
 pub async fn serve(
     server: Arc<Server>,
+    listener: TcpListener,
     stop: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    let address = (server.config.host.clone(), server.config.port);
-    let listener = TcpListener::bind(address).await?;
-    listen::listen(listener, routes(server.clone()), server, stop).await
+) {
+    listen::listen(listener, routes(server.clone()), server, stop).await;
 }
 
 /// Every route.
