@@ -1,12 +1,6 @@
 // out = epilogue(x · weightᵀ + bias) for few rows: bound by reading the weights, which are read once for up to 128 rows.
 //
-//   x       [rows, stride] bfloat16 (norm.cu makes them)
-//   weight  [out_features, stride] bfloat16, stride a multiple of 8, zeros from in_features on
-//   bias    [out_features] float32, or null
-//   out     [rows, width] float32
-//
-// Epilogues: store; add to what is there; activation(gate) · up; cap · tanh(x / cap). For the gated ones weight holds
-// sixteen gates, then their sixteen ups, and so on, and bias all gates, then all ups (`width` each).
+// Arguments and epilogues: matmul.cuh.
 //
 // A block is 32 outputs and ROWS rows, the grid (outputs, rows). Weights are the left side of mma (16 outputs), rows the
 // right side (8 rows), so that a single row wastes arithmetic, of which there is plenty, and no memory traffic. Steps of
@@ -14,44 +8,12 @@
 // computes x has ended. Of the eight warps, two share the outputs and four the inputs: warp (o, s) takes inputs
 // 32 s .. 32 s + 32 of each step, and the four sums are added in the order of s. So the order of additions depends
 // neither on the number of rows nor on ROWS: a row has the same bits in any batch.
-//
-// In shared memory a row's 16 chunks of 16 bytes are permuted (chunk c of row r lies at c ^ r % 8), so that ldmatrix
-// reads eight rows without bank conflicts.
 
-#include "mma.cuh"
+#include "matmul.cuh"
 
-constexpr unsigned WARPS = 8;
-constexpr unsigned THREADS = WARPS * WARP_SIZE;
 constexpr unsigned OUTPUTS = 32;
-constexpr unsigned SLICES = 4;
-constexpr unsigned STEP = 128;
-constexpr unsigned CHUNK = 8;
-constexpr unsigned CHUNKS = STEP / CHUNK;
 // Floats between two rows of partial sums: lanes of a warp write to different banks.
 constexpr unsigned PARTIAL_STRIDE = OUTPUTS + 4;
-
-enum Epilogue : unsigned { STORE, ADD, GATED_SILU, GATED_GELU, SOFTCAP };
-
-__device__ __forceinline__ unsigned place_of(unsigned row, unsigned chunk) {
-    return row * STEP + (chunk ^ row % 8) * CHUNK;
-}
-
-// Begins to copy rows first .. first + Rows of a matrix, inputs step · STEP and on; zeros where it has none.
-template <unsigned Rows>
-__device__ __forceinline__ void fetch(Shared<bf16> tile, Global<const bf16> matrix, unsigned first, unsigned rows,
-                                      unsigned stride, unsigned step) {
-    for (unsigned i = threadIdx.x; i < Rows * CHUNKS; i += THREADS) {
-        const unsigned row = i / CHUNKS, chunk = i % CHUNKS, input = step * STEP + chunk * CHUNK;
-        const bool exists = first + row < rows && input < stride;
-        const size_t at = exists ? size_t{first + row} * stride + input : 0;
-        copy_async_or_zero<bf16>(tile + place_of(row, chunk), matrix + at, exists ? 16 : 0);
-    }
-}
-
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-__device__ __forceinline__ float gelu(float x) {
-    return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
-}
 
 template <unsigned Rows, unsigned Stages>
 __device__ __forceinline__ void multiply(Global<const bf16> x, Global<const bf16> weight, Global<const float> bias,
@@ -120,25 +82,7 @@ __device__ __forceinline__ void multiply(Global<const bf16> x, Global<const bf16
         }
         return sum;
     };
-    const bool gated = epilogue == GATED_SILU || epilogue == GATED_GELU;
-    const unsigned outputs = gated ? OUTPUTS / 2 : OUTPUTS, first = blockIdx.x * outputs;
-    for (unsigned i = threadIdx.x; i < Rows * outputs; i += THREADS) {
-        const unsigned row = i / outputs, output = first + i % outputs;
-        if (first_row + row >= rows || output >= width) continue;
-        const size_t at = size_t{first_row + row} * width + output;
-        float value = sum_of(row, i % outputs);
-        if (bias != nullptr) value += bias[output];
-        if (gated) {
-            float up = sum_of(row, i % outputs + outputs);
-            if (bias != nullptr) up += bias[width + output];
-            value = (epilogue == GATED_SILU ? silu(value) : gelu(value)) * up;
-        } else if (epilogue == ADD) {
-            value += out[at];
-        } else if (epilogue == SOFTCAP) {
-            value = cap * tanhf(value / cap);
-        }
-        out[at] = value;
-    }
+    finish<OUTPUTS, Rows>(sum_of, blockIdx.x, blockIdx.y, bias, rows, epilogue, cap, width, out);
 }
 
 #define MATMUL_SKINNY(ROWS, STAGES)                                                                                     \

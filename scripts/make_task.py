@@ -12,7 +12,7 @@ arguments make the same files.
 
 Where the items come from, which the Python package must be installed for:
 
-    reasoning-gym 0.1.25 (Apache-2.0)   gcd, lcm, family_relationships, aiw, number_sequence,
+    reasoning-gym 0.1.25 (Apache-2.0)   gcd, gcd_styles, lcm, family_relationships, aiw, number_sequence,
                                         letter_counting, calendar_arithmetic, chain_sum, products,
                                         simple_equations, leg_counting, count_bits, count_primes:
                                         made on the spot
@@ -59,10 +59,11 @@ def question(entry):
     return one_line(entry["question"])
 
 
-def gym(dataset, config, key=question, examples_of=None, left_out=(), solved=4):
-    """Entries of fresh keys, in reasoning-gym's order, behind `solved` examples with different answers.
+def gym(dataset, config, key=question, examples_of=None, left_out=(), styles=("{}",) * 4, verifier="exact"):
+    """Entries of fresh keys, in reasoning-gym's order, behind solved examples with different answers.
 
-    `examples_of` changes the configuration of the examples.
+    `examples_of` changes the configuration of the examples, of which there is one for each of
+    `styles`, the way its answer is put.
     """
 
     def items(seed):
@@ -88,9 +89,10 @@ def gym(dataset, config, key=question, examples_of=None, left_out=(), solved=4):
         for entry in stream({**config, **examples_of}) if examples_of else entries:
             if all(entry["answer"] != other["answer"] for other in examples):
                 examples.append(entry)
-            if len(examples) == solved:
+            if len(examples) == len(styles):
                 break
-        head = "".join(f"{text(entry)} {entry['answer']}\n\n" for entry in examples)
+        solved = (f"{text(entry)} {style.format(entry['answer'])}\n\n" for entry, style in zip(examples, styles))
+        head = "".join(solved)
         for entry in entries:
             yield key(entry), key(entry), {
                 "prompt": head + text(entry),
@@ -98,7 +100,7 @@ def gym(dataset, config, key=question, examples_of=None, left_out=(), solved=4):
                 "stop": "\n",
             }
 
-    return Task("exact", "reasoning-gym 0.1.25, Apache-2.0", items)
+    return Task(verifier, "reasoning-gym 0.1.25, Apache-2.0", items)
 
 
 # --- bfcl-eval ----------------------------------------------------------------------------------
@@ -205,6 +207,16 @@ TASKS = {
         examples_of=dict(max_value=60),
         left_out=["gcd 8 20"],
     ),
+    # The same question, answered in few words or in many: what people have a taste in.
+    "gcd_styles": gym(
+        "gcd",
+        dict(min_numbers=2, max_numbers=2, min_value=1, max_value=100),
+        key=sorted_numbers,
+        examples_of=dict(max_value=60),
+        left_out=["gcd 8 20"],
+        styles=("{}", "The GCD is {}.", "{}", "The greatest common divisor of the two numbers is {}."),
+        verifier="math",
+    ),
     "lcm": gym("lcm", dict(min_numbers=2, max_numbers=2, min_value=1, max_value=60)),
     "family_relationships": gym("family_relationships", {}),
     "aiw": gym("aiw", {}),
@@ -253,6 +265,7 @@ def main():
     parser.add_argument("--train", type=int, help="items")
     parser.add_argument("--test", type=int, help="items (at least: items of one part stay together)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--without", nargs="+", default=[], metavar="FILE", help="leave out the keys of these files")
     parser.add_argument("-o", "--output", help="folder")
     options = parser.parse_args()
     if options.list:
@@ -265,7 +278,9 @@ def main():
     task = TASKS[options.task]
     train = task.train if options.train is None else options.train
     test = task.test if options.test is None else options.test
-    chosen = split(task.items(options.seed), train, test, options.seed)
+    known = {json.loads(line)["key"] for path in options.without for line in open(path)}
+    fresh = (item for item in task.items(options.seed) if item[0] not in known)
+    chosen = split(fresh, train, test, options.seed)
     keys = [{key for key, _, _ in chosen[name]} for name in chosen]
     parts = [{part for _, part, _ in chosen[name]} for name in chosen]
     assert not keys[0] & keys[1] and not parts[0] & parts[1], "the files share items"

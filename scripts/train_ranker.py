@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from collection import Collection
 from safetensors.torch import save
 
 MAX_PARAMETERS = 500_000
@@ -130,36 +130,18 @@ class Group:
             self.answers = None
 
 
-def layer_of(folders, layer):
-    """The layer itself, or of those that were collected the one closest to 0.6 of the way up."""
-    if layer is not None:
-        return layer
-    info = json.loads((Path(folders[0]) / "collection.json").read_text())
-    return min(info["feature_layers"], key=lambda l: (abs(l - 0.6 * info["layers"]), l))
-
-
 def read(folders, layer, extra_inputs):
-    """Groups of all folders with the features after one layer, and what the folders say of the model."""
+    """Groups of all folders with the features after one layer (default: of those that were collected
+    the one closest to 0.6 of the way up), and what the folders say of the model."""
     groups, about = [], {}
-    for folder in map(Path, folders):
-        info = json.loads((folder / "collection.json").read_text())
-        assert layer in info["feature_layers"], f"{folder}: features of layers {info['feature_layers']}, not {layer}"
+    for collection in map(Collection, folders):
+        info = collection.info
+        layer = layer or min(info["feature_layers"], key=lambda l: abs(l - round(0.6 * info["layers"])))
         model = {name: info[name] for name in ("model", "fingerprint", "layers", "hidden_size")}
-        assert model.items() <= about.items() or not about, f"{folder}: made by another model"
-        about = {**model, "task": info["task"]}
-        with open(folder / "candidates.jsonl") as file:
-            lines = [json.loads(line) for line in file]
-        first = len(groups)
-        for shard in sorted((folder / "features").glob("*.safetensors")):
-            with safe_open(shard, "pt") as file:
-                prompts = file.get_tensor(f"layer.{layer}.prompt").float()
-                candidates = file.get_tensor(f"layer.{layer}.candidates").float()
-                offsets = file.get_tensor("offsets").tolist()
-            for prompt, begin, end in zip(prompts, offsets, offsets[1:]):
-                line = lines[len(groups) - first]
-                groups.append(Group(line, prompt, candidates[begin:end], extra_inputs))
-        found = len(groups) - first
-        assert found == len(lines) == info["items"], f"{folder}: {found} of {info['items']} items: go on collecting"
+        assert not about or model.items() <= about.items(), f"{collection.folder}: made by another model"
+        about = {**model, "task": info["task"], "layer": layer}
+        for line, (prompt, candidates) in zip(collection.lines, collection.features(layer)):
+            groups.append(Group(line, prompt.float(), candidates.float(), extra_inputs))
     return groups, about
 
 
@@ -376,9 +358,8 @@ def main():
     options = arguments()
     options.loss = options.loss or ("listwise" if options.kind == "listwise" else "binary")
     torch.set_num_threads(options.threads)
-    layer = layer_of(options.train, options.layer)
-    training, about = read(options.train, layer, options.extra_inputs)
-    test, _ = read(options.test, layer, options.extra_inputs)
+    training, about = read(options.train, options.layer, options.extra_inputs)
+    test, _ = read(options.test, about["layer"], options.extra_inputs)
 
     config = {
         "format_version": 1,
@@ -386,7 +367,7 @@ def main():
         "kind": options.kind,
         "task": options.task or about["task"],
         "hidden_size": about["hidden_size"],
-        "layer": layer,
+        "layer": about["layer"],
         "layers": about["layers"],
         "feature_position": "last_token",
         "normalization": options.normalization,

@@ -17,6 +17,7 @@ use podium::engine::stop::FinishReason;
 use podium::engine::{Candidate, Engine, EngineError, GenerateRequest, ScoreRequest, Scored};
 use podium::model::files::ModelFiles;
 use podium::model::forward::{Depth, Model};
+use podium::ranker::{builtin, find_builtin};
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -508,5 +509,20 @@ mod smollm2 {
             greedy_answer(&mut engine(&path, 2, Isa::best()), &golden),
             golden.greedy
         );
+    }
+
+    #[test]
+    fn every_shipped_ranker_fits() {
+        let Some(path) = path() else { return };
+        let engine = fast_engine(&path, 2);
+        let (model, config) = (engine.model(), engine.config());
+        assert!(!builtin().is_empty());
+        for ranker in builtin() {
+            let fits = ranker.check_model(&model.fingerprint, config.hidden_size, config.layers);
+            assert!(fits.is_ok(), "{fits:?}");
+            let name = &ranker.config().name;
+            let found = find_builtin(name, &model.fingerprint).unwrap();
+            assert_eq!(&found.config().name, name);
+        }
     }
 }

@@ -25,6 +25,14 @@ pub struct Scores {
     pub window: Option<usize>,
 }
 
+impl Scores {
+    /// The window as the kernels take it: 0 where there is none.
+    pub(super) fn window_or_none(&self) -> u32 {
+        // Longer than any context: none.
+        u32::try_from(self.window.unwrap_or(0)).unwrap_or(0)
+    }
+}
+
 /// `out[row] = softmax(scale · q · keysᵀ) · values`: `qkv` [rows, (heads + 2 · kv_heads) · head_dim],
 /// rotated; `out` [rows, heads · head_dim].
 pub fn attention(
@@ -36,14 +44,13 @@ pub fn attention(
     layer: usize,
     out: &Buffer<f32>,
 ) -> Result<(), DeviceError> {
-    let window = scores.window.unwrap_or(0);
     let mut arguments = arguments![
         qkv,
         spans.pages,
         spans.spans,
         scores.scale,
         scores.softcap.unwrap_or(0.0),
-        u32::try_from(window).unwrap_or(0),
+        scores.window_or_none(),
         shape.heads as u32,
         shape.kv_heads as u32,
         shape.head_dim as u32,

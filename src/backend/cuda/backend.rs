@@ -1,11 +1,12 @@
 //! [`Cuda`]: the operations of the forward pass, each of them one or two launches.
 
-use super::attention::{Scores, Spans, attention};
+use super::attention::Scores;
+use super::attention_plan::Inputs;
 use super::copy_rows::copy_rows;
 use super::device::{Buffer, Device, DeviceError, Plain};
 use super::embed::embed;
 use super::kv_cache::KvCache;
-use super::matmul_skinny::{Epilogue, Shape, matmul_skinny, stride};
+use super::matmul::{Epilogue, Operands, Shape, matmul, stride};
 use super::matrix::Matrix;
 use super::norm::{norm_add, norm_rows, round_rows};
 use super::plan::{AngleTables, Plan};
@@ -114,15 +115,15 @@ impl Cuda {
             stride: weight.stride,
             width: weight.width,
         };
-        matmul_skinny(
-            &*self.device,
-            inputs,
-            &weight.weight,
+        let operands = Operands {
+            x: inputs,
+            weight: &weight.weight,
             bias,
             epilogue,
             shape,
             out,
-        )
+        };
+        matmul(&*self.device, &operands)
     }
 
     /// `out = epilogue(norm(x) · weightᵀ + bias)`, of all rows, or those in `of`.
@@ -337,7 +338,7 @@ impl Backend for Cuda {
     fn attention(
         &self,
         plan: &Plan,
-        of_layer: &Attention<Buffer<f32>>,
+        attention: &Attention<Buffer<f32>>,
         qkv: &Rows,
         kv: &KvCache,
         out: &mut Rows,
@@ -345,28 +346,19 @@ impl Backend for Cuda {
         if plan.rows == 0 {
             return;
         }
-        let spans = Spans {
-            rows: plan.rows,
+        let inputs = Inputs {
+            qkv: &qkv.buffer,
             pages: &plan.tables,
-            spans: &plan.spans,
+            positions: &plan.positions,
+            scores: Scores {
+                scale: attention.scale,
+                softcap: attention.softcap,
+                window: attention.window,
+            },
+            shape: kv.shape(),
+            layer: attention.layer,
         };
-        let scores = Scores {
-            scale: of_layer.scale,
-            softcap: of_layer.softcap,
-            window: of_layer.window,
-        };
-        let (shape, layer) = (kv.shape(), of_layer.layer);
-        self.run(|| {
-            attention(
-                &*self.device,
-                &qkv.buffer,
-                &spans,
-                scores,
-                shape,
-                layer,
-                &out.buffer,
-            )
-        });
+        self.run(|| plan.attention.attend(&*self.device, &inputs, &out.buffer));
     }
 
     fn matmul_add(

@@ -105,6 +105,9 @@ pub trait Device: Send + Sync + 'static {
 
     /// Multiprocessors: blocks that run at a time where one fills a multiprocessor.
     fn multiprocessors(&self) -> usize;
+
+    /// Dynamic shared memory that a block can have.
+    fn max_shared_bytes(&self) -> u32;
 }
 
 /// The arguments of a launch, in the order of the kernel's parameters.

@@ -257,6 +257,10 @@ impl Device for Emulated {
     fn multiprocessors(&self) -> usize {
         MULTIPROCESSORS
     }
+
+    fn max_shared_bytes(&self) -> u32 {
+        MAX_SHARED_BYTES
+    }
 }
 
 /// A pointer to what all blocks only read.

@@ -1,7 +1,7 @@
 //! Weights as the products take them: bfloat16, rows padded to whole sixteen bytes.
 
 use super::device::{Buffer, Device, DeviceError};
-use super::matmul_skinny::{gated_row, gated_rows, stride};
+use super::matmul::{gated_row, gated_rows, stride};
 use crate::model::tensor::Tensor;
 use half::bf16;
 use rayon::prelude::*;

@@ -4,6 +4,13 @@
 //! float64. [`Cuda`] makes the forward pass's operations of them.
 
 pub mod attention;
+#[cfg(test)]
+mod attention_cases;
+pub mod attention_merge;
+pub mod attention_plan;
+pub mod attention_prefill;
+pub mod attention_prefix;
+pub mod attention_suffix;
 mod backend;
 pub mod copy_rows;
 pub mod device;
@@ -12,7 +19,9 @@ pub mod emulated;
 pub mod gather_rank;
 pub mod images;
 mod kv_cache;
+pub mod matmul;
 pub mod matmul_skinny;
+pub mod matmul_tiled;
 mod matrix;
 pub mod norm;
 mod plan;

@@ -1,5 +1,6 @@
 //! A batch, laid out for the kernels.
 
+use super::attention_plan::{AttentionPlan, Group, Segment};
 use super::device::{Address, Buffer, Device, DeviceError};
 use super::kv_cache::KvCache;
 use crate::backend::cpu::rope::Angles;
@@ -15,9 +16,9 @@ pub struct Plan {
     /// The page of each row's token, and its place there.
     pub pages: Buffer<Address>,
     pub slots: Buffer<u32>,
-    /// Pages that rows attend to, and where each row's are ([`Spans`](super::attention::Spans)).
+    /// Pages that rows attend to, and how.
     pub tables: Buffer<Address>,
-    pub spans: Buffer<u32>,
+    pub attention: AttentionPlan,
     angles: Vec<(Rope, Arc<Buffer<f32>>)>,
 }
 
@@ -32,12 +33,13 @@ impl Plan {
         let rows = batch.tokens.len();
         let mut positions = Vec::with_capacity(rows);
         let (mut pages, mut slots) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
-        let (mut tables, mut spans) = (Vec::new(), Vec::with_capacity(4 * rows));
+        let (mut tables, mut groups) = (Vec::new(), Vec::with_capacity(batch.groups.len()));
         for group in &batch.groups {
-            let prefix = tables.len();
+            let prefix_table = tables.len();
             for &page in &group.prefix {
                 tables.push(kv.reserve(page)?);
             }
+            let mut segments = Vec::with_capacity(group.segments.len());
             for segment in &group.segments {
                 let own_table = tables.len();
                 let end = segment.start + segment.rows;
@@ -48,9 +50,18 @@ impl Plan {
                     pages.push(tables[own_table + own / PAGE_LEN]);
                     slots.push((own % PAGE_LEN) as u32);
                     positions.push((group.prefix_len + own) as u32);
-                    spans.extend([prefix, group.prefix_len, own_table, own + 1].map(|n| n as u32));
                 }
+                segments.push(Segment {
+                    table: own_table,
+                    start: segment.start,
+                    rows: segment.rows,
+                });
             }
+            groups.push(Group {
+                prefix_table,
+                prefix_len: group.prefix_len,
+                segments,
+            });
         }
         assert_eq!(
             positions.len(),
@@ -72,7 +83,7 @@ impl Plan {
             pages: Buffer::from_slice(device, &pages, "pages of rows")?,
             slots: Buffer::from_slice(device, &slots, "places in pages")?,
             tables: Buffer::from_slice(device, &tables, "page tables")?,
-            spans: Buffer::from_slice(device, &spans, "spans of rows")?,
+            attention: AttentionPlan::new(device, &groups, kv.shape())?,
             angles,
         })
     }

@@ -1,0 +1,417 @@
+#!/usr/bin/env python3
+"""Makes the tables and plots of docs/RANKER.md from stored collections.
+
+    scripts/ranker_figures.py --data data --work data/figures
+
+`--data` holds a folder for each task with the collections `train` and `test`. Every ranker is trained
+by `podium train` and measured by `podium eval`; what was done once is kept in `--work` and not done
+again. What a ranker is (layer, kind, loss, learning rate, width) is chosen by the accuracy on the part
+of the training items that training itself holds out, never by test items. Tables go between the
+markers in the document, plots beside it into `figures/`; the chosen rankers are
+`WORK/<task>.safetensors`, and the one moved to a taste `WORK/mine/gcd_shortest.safetensors`.
+
+Needs matplotlib, torch and safetensors.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from collection import Collection
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = [0, 1]
+# What training does where nothing else is said.
+DEFAULT = {"kind": "pointwise", "loss": "pointwise", "learning-rate": 0.001, "projection-width": 64}
+STRATEGIES = ["majority", "mean log-probability", "self-certainty", "answer prior", "first"]
+
+
+class Work:
+    """Runs podium, and keeps what came of it."""
+
+    def __init__(self, options):
+        self.podium, self.folder, self.data = options.podium, options.work, options.data
+        self.threads = options.threads
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, arguments, output=None):
+        """The command's JSON; from the folder, where it has been run with the same arguments."""
+        arguments = [*map(str, arguments)]
+        name = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:16]
+        kept = self.folder / f"{arguments[0]}-{name}.json"
+        made = self.folder / f"{name}.safetensors" if output else None
+        if not kept.exists() or (made and not made.exists()):
+            command = [self.podium, *arguments, "--threads", str(self.threads), "--json"]
+            command += ["-o", made] if made else []
+            done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            if done.returncode != 0:
+                raise SystemExit(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
+            part = kept.with_suffix(".part")
+            part.write_text(done.stdout)
+            part.rename(kept)
+            print(f"{' '.join(arguments)}", file=sys.stderr, flush=True)
+        return json.loads(kept.read_text()), made
+
+    def train(self, folders, recipe, seed=0, name=None):
+        """A ranker's file, and its accuracy on the items that training held out."""
+        arguments = ["train", *folders, "--seed", seed, "--name", name or "ranker"]
+        for option, value in sorted(recipe.items()):
+            arguments += [f"--{option}", value]
+        report, made = self.run(arguments, output=True)
+        return made, report["best"].get("validation_accuracy"), report
+
+    def evaluate(self, folders, rankers, training=()):
+        arguments = ["eval", *folders, "--ranker", *rankers]
+        arguments += ["--train", *training] if training else []
+        return self.run(arguments)[0]
+
+    def at(self, task, rankers, n=None):
+        """Accuracy of rankers on a task's test items at N (the whole pool): name -> (mean, low, high)."""
+        found = self.evaluate([self.data / task / "test"], rankers, [self.data / task / "train"])["collections"][0]
+        index = found["n"].index(n) if n else -1
+        return {c["strategy"]: tuple(c[k][index] for k in ("accuracy", "low", "high")) for c in found["curves"]}
+
+    def accuracy(self, task, ranker):
+        return self.at(task, [ranker])["ranker"]
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def interval(mean, low, high):
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(map(str, head)) + " |", "| --- |" + " --- |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+# --- choosing -----------------------------------------------------------------------------------
+
+
+def held_out(work, task, recipe):
+    """Mean accuracy on held-out training items over the seeds, and the mean of the best passes."""
+    runs = [work.train([work.data / task / "train"], recipe, seed) for seed in SEEDS]
+    return mean(accuracy for _, accuracy, _ in runs), round(mean(run[2]["best"]["epoch"] for run in runs))
+
+
+def search(work, task):
+    """The recipe that does best on held-out items, found one choice after the other: the layer, kind
+    and loss, the learning rate, the width. Also everything that was tried on the way."""
+    tried = {}
+
+    def attempt(recipe):
+        key = tuple(sorted(recipe.items()))
+        if key not in tried:
+            tried[key] = held_out(work, task, recipe)
+        return tried[key][0]
+
+    chosen = DEFAULT
+    layers = Collection(work.data / task / "train").info["feature_layers"]
+    kinds = [(kind, loss) for kind in ("pointwise", "listwise") for loss in ("pointwise", "listwise")]
+    for choices in [
+        [{"layer": layer} for layer in layers],
+        [{"kind": kind, "loss": loss} for kind, loss in kinds],
+        [{"learning-rate": rate} for rate in (0.0003, 0.001, 0.003)],
+        [{"projection-width": width} for width in (32, 64, 128)],
+    ]:
+        chosen = max([{**chosen, **choice} for choice in choices], key=attempt)
+    return chosen, tried
+
+
+def choose(work, task):
+    """The recipe, and the ranker that it makes of all training items, with nothing held out.
+
+    Seeds hold out different items, so their accuracies say nothing of which ranker is the better one:
+    none of them is kept.
+    """
+    recipe, tried = search(work, task)
+    accuracy, passes = tried[tuple(sorted(recipe.items()))]
+    final = {**recipe, "validation": 0, "epochs": passes}
+    path, _, report = work.train([work.data / task / "train"], final, name=task)
+    shutil.copy(path, work.folder / f"{task}.safetensors")
+    return {"recipe": recipe, "passes": passes, "held_out": accuracy, "tried": len(tried), "path": path, "report": report}
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def chosen_table(work, chosen):
+    rows = []
+    for task, found in chosen.items():
+        recipe = found["recipe"]
+        report = found["report"]
+        what = f"{recipe['kind']}, {recipe['loss']} loss"
+        rows.append([f"`{task}`", report["items"], what, f"{recipe['layer']} of 30", recipe["learning-rate"]])
+        rows[-1] += [recipe["projection-width"], found["passes"], report["parameters"], found["tried"] * len(SEEDS)]
+    head = ["ranker", "training items", "kind", "layer", "learning rate", "width", "passes", "parameters", "trainings"]
+    return table(head, rows)
+
+
+def accuracy_tables(work, chosen, figures):
+    """All strategies of each task, and the plots."""
+    text = []
+    for task, found in chosen.items():
+        train = work.data / task / "train"
+        recipe = {k: v for k, v in found["recipe"].items() if k in ("layer", "learning-rate")}
+        others = {"pointwise": {"kind": "pointwise"}, "listwise": {"kind": "listwise"}, "linear": {"kind": "linear"}}
+        files = {n: work.train([train], {**recipe, **kind}, name=n)[0] for n, kind in others.items()}
+        rankers = [found["path"], *files.values()]
+        measured = work.evaluate([work.data / task / "test"], rankers, [train])["collections"][0]
+        ns = [n for n in (1, 2, 4, 8, 16, 32) if n in measured["n"]]
+        at = [measured["n"].index(n) for n in ns]
+        curves = {curve["strategy"]: curve for curve in measured["curves"]}
+        shown = {"oracle": "oracle", task: "**chosen ranker**"}
+        shown |= {f"majority weighted by {task}": "majority, weighted by it"}
+        shown |= {name: f"{name}, default options" for name in others}
+        shown |= {name: name for name in STRATEGIES}
+        shown["answer prior"] = "answer prior (control)"
+        rows = []
+        for name, label in shown.items():
+            if name not in curves:
+                continue
+            curve = curves[name]
+            cells = [f"{curve['accuracy'][i]:.3f}" for i in at[:-1]]
+            cells.append(interval(*(curve[k][at[-1]] for k in ("accuracy", "low", "high"))))
+            auc = curve.get("auc")
+            rows.append([label, *cells, f"{auc:.3f}" if auc is not None else ""])
+        text += [f"`{task}`, {measured['items']} test items:", table(["accuracy of the chosen one of N", *ns, "AUC"], rows)]
+        text += [f"![Accuracy over N, {task}](figures/{task}.svg)"]
+        command = [work.podium, "eval", work.data / task / "test", "--ranker", found["path"], "--train", train]
+        subprocess.run([*map(str, command), "--plot", str(figures / f"{task}.svg")], check=True, stdout=subprocess.DEVNULL)
+    return "\n\n".join(text)
+
+
+def layer_table(work, tasks, figures):
+    rows, lines = [], {}
+    for task in tasks:
+        train = work.data / task / "train"
+        layers = Collection(train).info["feature_layers"]
+        row = {}
+        for layer in layers:
+            runs = [work.train([train], {**DEFAULT, "layer": layer}, seed) for seed in SEEDS]
+            test = [work.accuracy(task, run[0]) for run in runs]
+            row[layer] = (mean(run[1] for run in runs), mean(t[0] for t in test), [mean(x) for x in zip(*test)])
+        lines[task] = row
+        rows.append([f"`{task}`, held out", *(f"{row[layer][0]:.3f}" for layer in layers)])
+        rows.append([f"`{task}`, test, N = pool", *(interval(*row[layer][2]) for layer in layers)])
+    axes, save = plot("Layer of the features", "layer (of 30)", "test accuracy, N = 32")
+    for task, row in lines.items():
+        x = sorted(row)
+        axes.plot(x, [row[layer][1] for layer in x], marker="o", label=task)
+        axes.fill_between(x, [row[l][2][1] for l in x], [row[l][2][2] for l in x], alpha=0.15)
+    save(figures / "layers.svg")
+    return table(["pointwise, default options, mean of two seeds", *layers], rows)
+
+
+def kind_table(work, chosen):
+    rows = []
+    kinds = {
+        "pointwise, its own loss": {"kind": "pointwise", "loss": "pointwise"},
+        "pointwise, listwise loss": {"kind": "pointwise", "loss": "listwise"},
+        "listwise, its own loss": {"kind": "listwise", "loss": "listwise"},
+        "listwise, pointwise loss": {"kind": "listwise", "loss": "pointwise"},
+        "linear, its own loss": {"kind": "linear", "loss": "pointwise"},
+        "pointwise without `mean_logprob`": {"kind": "pointwise", "loss": "pointwise", "extra-inputs": "none"},
+        "pointwise with `length` too": {"kind": "pointwise", "loss": "pointwise", "extra-inputs": "mean_logprob,length"},
+        "pointwise, cosine": {"kind": "pointwise", "loss": "pointwise", "relevance": "cosine"},
+        "pointwise, root-mean-square": {"kind": "pointwise", "loss": "pointwise", "normalization": "rms"},
+    }
+    for name, kind in kinds.items():
+        cells = []
+        for task, found in chosen.items():
+            recipe = {**DEFAULT, "layer": found["recipe"]["layer"], **kind}
+            if kind["kind"] == "linear":
+                del recipe["projection-width"]
+            runs = [work.train([work.data / task / "train"], recipe, seed)[0] for seed in SEEDS]
+            cells.append(interval(*(mean(x) for x in zip(*(work.accuracy(task, run) for run in runs)))))
+        rows.append([name, *cells])
+    return table(["test accuracy, N = pool, mean of two seeds", *(f"`{task}`" for task in chosen)], rows)
+
+
+def size_table(work, chosen, tasks, figures):
+    """Training on the first 75, 150, .. items. They are in random order."""
+    rows, lines, all_sizes = [], {}, []
+    for task in tasks:
+        whole = Collection(work.data / task / "train")
+        layer = chosen[task]["recipe"]["layer"]
+        sizes = [n for n in (75, 150, 300, 600, 1200) if n < len(whole.lines)] + [len(whole.lines)]
+        row = {}
+        for size in sizes:
+            folder = work.folder / f"{task}-{size}"
+            if not (folder / "collection.json").exists():
+                whole.write(folder, range(size), layers=[layer])
+            runs = [work.train([folder], {**DEFAULT, "layer": layer}, seed)[0] for seed in SEEDS]
+            row[size] = [mean(x) for x in zip(*(work.accuracy(task, run) for run in runs))]
+        lines[task] = row
+        all_sizes = sorted({*all_sizes, *sizes})
+    for task, row in lines.items():
+        rows.append([f"`{task}`", *(interval(*row[n]) if n in row else "" for n in all_sizes)])
+    axes, save = plot("Training items", "items × 32 candidates", "test accuracy, N = 32")
+    axes.set_xscale("log")
+    for task, row in lines.items():
+        axes.plot(list(row), [v[0] for v in row.values()], marker="o", label=task)
+        axes.fill_between(list(row), [v[1] for v in row.values()], [v[2] for v in row.values()], alpha=0.15)
+    axes.set_xticks(all_sizes, map(str, all_sizes))
+    axes.minorticks_off()
+    save(figures / "training-size.svg")
+    return table(["training items", *all_sizes], rows)
+
+
+def transfer_table(work, chosen):
+    """Rankers in rows, test items in columns; the first candidate and the oracle below."""
+    tests = [work.data / task / "test" for task in chosen]
+    rankers = {task: found["path"] for task, found in chosen.items()}
+    layer = sorted(found["recipe"]["layer"] for found in chosen.values())[len(chosen) // 2]
+    trains = [work.data / task / "train" for task in chosen]
+    rankers["all of them"] = work.train(trains, {**DEFAULT, "layer": layer}, name="all of them")[0]
+    found = work.evaluate(tests, rankers.values(), trains)["collections"]
+    rows = []
+    shown = {name: f"trained on {'' if name == 'all of them' else '`'}{name}{'' if name == 'all of them' else '`'}" for name in rankers}
+    shown |= {"first": "first candidate", "majority": "majority", "mean log-probability": "mean log-probability"}
+    shown |= {"oracle": "oracle"}
+    for name, label in shown.items():
+        cells = []
+        for collection in found:
+            curve = next((c for c in collection["curves"] if c["strategy"] == name), None)
+            cells.append(interval(*(curve[k][-1] for k in ("accuracy", "low", "high"))) if curve else "")
+        rows.append([label, *cells])
+    return table(["accuracy, N = pool", *(f"on `{task}`" for task in chosen)], rows)
+
+
+def hundred_table(work, chosen, figures):
+    measured = work.evaluate([work.data / "gcd/test100"], [chosen["gcd"]["path"]], [work.data / "gcd/train"])
+    measured = measured["collections"][0]
+    ns = measured["n"]
+    curves = {curve["strategy"]: curve for curve in measured["curves"]}
+    shown = {"oracle": "oracle", "gcd": "**ranker**", "answer prior": "answer prior (control)", "majority": "majority"}
+    shown |= {"mean log-probability": "mean log-probability", "first": "first"}
+    rows = []
+    for name, label in shown.items():
+        c = curves[name]
+        rows.append([label, *(f"{c['accuracy'][i]:.3f} ± {(c['high'][i] - c['low'][i]) / 2:.3f}" for i in range(len(ns)))])
+    axes, save = plot("gcd, up to 100 candidates", "candidates (N)", "accuracy of the chosen one")
+    axes.set_xscale("log")
+    for name, label in shown.items():
+        c = curves[name]
+        axes.plot(ns, c["accuracy"], marker="o", label=label.strip("*"))
+        axes.fill_between(ns, c["low"], c["high"], alpha=0.12)
+    axes.set_xticks(ns, map(str, ns))
+    axes.minorticks_off()
+    save(figures / "gcd-100.svg")
+    return f"{measured['items']} test items:\n\n" + table(["accuracy of the chosen one of N", *ns], rows)
+
+
+def personal_table(work, chosen):
+    command = [sys.executable, ROOT / "scripts/personal_ranker.py", "--podium", work.podium, "--json"]
+    command += ["--ranker", work.folder / "gcd.safetensors", "-o", work.folder / "mine", "--name", "gcd_shortest"]
+    command += ["--threads", work.threads]
+    command += [work.data / "gcd_styles/train", work.data / "gcd_styles/test"]
+    report = json.loads(subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    ns, parts = report["n"], [f"{report['groups']} groups to learn from ({report['with_right']} with a right candidate), {report['items']} others:"]
+    for what, title in [("wanted", "the wanted one"), ("right", "right at all")]:
+        rows = []
+        for name, row in report["measured"][what].items():
+            cells = [f"{a:.3f}" for a in row["accuracy"]]
+            cells[-1] = interval(row["accuracy"][-1], row["low"][-1], row["high"][-1])
+            rows.append([name, *cells])
+        parts.append(table([f"the chosen one of N is {title}", *ns], rows))
+    return "\n\n".join(parts)
+
+
+def torch_table(work, chosen, tasks):
+    """The PyTorch trainer with the same options on the same data."""
+    rows = []
+    for task in tasks:
+        train, test = work.data / task / "train", work.data / task / "test"
+        layer = chosen[task]["recipe"]["layer"]
+        for kind in ("pointwise", "listwise"):
+            ours, theirs = [], []
+            for seed in SEEDS:
+                ours.append(work.train([train], {"kind": kind, "layer": layer}, seed)[0])
+                output = work.folder / f"torch-{task}-{kind}-{layer}-{seed}.safetensors"
+                if not output.exists():
+                    command = [sys.executable, ROOT / "scripts/train_ranker.py", "--train", train, "--test", test]
+                    command += ["--kind", kind, "--layer", layer, "--seed", seed, "--extra-inputs", "mean_logprob"]
+                    command += ["--name", "ranker", "--threads", work.threads, "-o", output]
+                    subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
+                theirs.append(output)
+            cells = [" ".join(f"{work.accuracy(task, path)[0]:.3f}" for path in paths) for paths in (ours, theirs)]
+            rows.append([f"`{task}`, {kind}", *cells])
+    return table(["test accuracy, N = pool, seeds 0 and 1", "`podium train`", "PyTorch"], rows)
+
+
+def plot(title, x, y):
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    # The same figures make the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "podium"
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+
+    def save(path):
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+    return axes, save
+
+
+def insert(document, parts):
+    """Puts each table between its markers."""
+    text = document.read_text()
+    for name, part in parts.items():
+        begin, end = f"<!-- figures: {name} -->", "<!-- end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if not pattern.search(text):
+            print(f"{document} has no place for {name}", file=sys.stderr)
+        text = pattern.sub(lambda _: f"{begin}\n\n{part}\n\n{end}", text)
+    document.write_text(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--podium", default=ROOT / "target/release/podium")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs/RANKER.md")
+    parser.add_argument("--tasks", nargs="+", default=["gcd", "family_relationships", "letter_counting", "count_primes"])
+    parser.add_argument("--parts", nargs="+", help="only these tables")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    work, tasks = Work(options), options.tasks
+    figures = options.document.parent / "figures"
+    figures.mkdir(exist_ok=True)
+
+    chosen = {task: choose(work, task) for task in tasks}
+    makers = {
+        "chosen": lambda: chosen_table(work, chosen),
+        "accuracy": lambda: accuracy_tables(work, chosen, figures),
+        "layers": lambda: layer_table(work, tasks, figures),
+        "kinds": lambda: kind_table(work, {task: chosen[task] for task in tasks[:2]}),
+        "size": lambda: size_table(work, chosen, tasks[:2], figures),
+        "transfer": lambda: transfer_table(work, chosen),
+        "hundred": lambda: hundred_table(work, chosen, figures),
+        "personal": lambda: personal_table(work, chosen),
+        "torch": lambda: torch_table(work, chosen, tasks[:1]),
+    }
+    parts = {name: make() for name, make in makers.items() if options.parts is None or name in options.parts}
+    insert(options.document, parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+//! What the matrix products share (`kernels/matmul.cuh`), and which of them is launched.
+
+use super::device::{Arguments, Buffer, Device, DeviceError};
+use super::matmul_skinny::{MAX_ROWS, matmul_skinny};
+use super::matmul_tiled::matmul_tiled;
+use crate::arguments;
+use crate::model::config::Activation;
+use half::bf16;
+
+/// Numbers between two rows of weights, and of inputs: sixteen bytes are copied at a time.
+pub fn stride(in_features: usize) -> usize {
+    in_features.next_multiple_of(8)
+}
+
+/// Where a gate and an up projection lie in one matrix: sixteen gates, their sixteen ups, and so on.
+/// `width` gates; rows beyond them are zeros.
+pub fn gated_rows(width: usize) -> usize {
+    2 * width.next_multiple_of(16)
+}
+
+/// The row of gate (or up) `index` in it.
+pub fn gated_row(index: usize, is_up: bool) -> usize {
+    index / 16 * 32 + index % 16 + if is_up { 16 } else { 0 }
+}
+
+/// What becomes of a result.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Epilogue {
+    Store,
+    Add,
+    Gated(Activation),
+    /// `cap · tanh(x / cap)`
+    Softcap(f32),
+}
+
+/// Sizes of a product.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub rows: usize,
+    /// Rows of the weights.
+    pub out_features: usize,
+    /// Numbers of a row of inputs or weights: [`stride`].
+    pub stride: usize,
+    /// Numbers of a row of results.
+    pub width: usize,
+}
+
+/// What a product takes, and where its results go.
+pub struct Operands<'a> {
+    /// [rows, stride]
+    pub x: &'a Buffer<bf16>,
+    /// [out_features, stride]
+    pub weight: &'a Buffer<bf16>,
+    pub bias: Option<&'a Buffer<f32>>,
+    pub epilogue: Epilogue,
+    pub shape: Shape,
+    /// [rows, width]
+    pub out: &'a Buffer<f32>,
+}
+
+impl Operands<'_> {
+    /// As every product takes them.
+    pub(super) fn arguments(&self) -> Arguments {
+        let (code, cap) = match self.epilogue {
+            Epilogue::Store => (0u32, 1.0f32),
+            Epilogue::Add => (1, 1.0),
+            Epilogue::Gated(Activation::Silu) => (2, 1.0),
+            Epilogue::Gated(Activation::GeluTanh) => (3, 1.0),
+            Epilogue::Softcap(cap) => (4, cap),
+        };
+        let shape = self.shape;
+        arguments![
+            self.x,
+            self.weight,
+            self.bias,
+            shape.rows as u32,
+            shape.out_features as u32,
+            shape.stride as u32,
+            code,
+            cap,
+            shape.width as u32,
+            self.out,
+        ]
+    }
+}
+
+/// `out = epilogue(x · weightᵀ + bias)`. The number of rows decides which kernel it is, for both add in
+/// the same order: a row's bits are the same.
+pub fn matmul(device: &dyn Device, operands: &Operands) -> Result<(), DeviceError> {
+    match operands.shape.rows <= MAX_ROWS {
+        true => matmul_skinny(device, operands),
+        false => matmul_tiled(device, operands),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::matmul_tiled::matmul_tiled;
+    use super::super::testing::{assert_within, device, random, to_bf16};
+    use super::*;
+    use std::sync::Arc;
+
+    type Kernel = fn(&dyn Device, &Operands) -> Result<(), DeviceError>;
+    const KERNELS: [Kernel; 2] = [matmul_skinny, matmul_tiled];
+
+    struct Case {
+        x: Vec<bf16>,
+        weight: Vec<bf16>,
+        bias: Option<Vec<f32>>,
+        before: Vec<f32>,
+        shape: Shape,
+        inputs: usize,
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|x| x.to_bits()).collect()
+    }
+
+    fn padded(seed: u64, rows: usize, inputs: usize) -> Vec<bf16> {
+        let mut values = to_bf16(&random(seed, rows * stride(inputs)));
+        for row in values.chunks_mut(stride(inputs)) {
+            row[inputs..].fill(bf16::ZERO);
+        }
+        values
+    }
+
+    impl Case {
+        fn new(rows: usize, inputs: usize, width: usize, gated: bool, bias: bool) -> Case {
+            let out_features = if gated { gated_rows(width) } else { width };
+            Case {
+                x: padded(1, rows, inputs),
+                weight: padded(2, out_features, inputs),
+                bias: bias.then(|| random(3, if gated { 2 * width } else { width })),
+                before: random(4, rows * width),
+                shape: Shape {
+                    rows,
+                    out_features,
+                    stride: stride(inputs),
+                    width,
+                },
+                inputs,
+            }
+        }
+
+        fn run(&self, device: &Arc<dyn Device>, epilogue: Epilogue, by: Kernel) -> Vec<f32> {
+            let buffer = |v: &[f32]| Buffer::from_slice(device, v, "in").unwrap();
+            let out = buffer(&self.before);
+            let bias = self.bias.as_deref().map(buffer);
+            let [x, weight] =
+                [&self.x, &self.weight].map(|v| Buffer::from_slice(device, v, "in").unwrap());
+            let operands = Operands {
+                x: &x,
+                weight: &weight,
+                bias: bias.as_ref(),
+                epilogue,
+                shape: self.shape,
+                out: &out,
+            };
+            by(&**device, &operands).unwrap();
+            out.read(0, self.before.len()).unwrap()
+        }
+
+        fn in_f64(&self, epilogue: Epilogue) -> Vec<f64> {
+            let Shape { width, stride, .. } = self.shape;
+            let dot = |row: usize, output: usize| {
+                let x = &self.x[row * stride..][..self.inputs];
+                let w = &self.weight[output * stride..][..self.inputs];
+                x.iter()
+                    .zip(w)
+                    .map(|(x, w)| x.to_f64() * w.to_f64())
+                    .sum::<f64>()
+            };
+            let bias = |i: usize| self.bias.as_ref().map_or(0.0, |bias| f64::from(bias[i]));
+            let value = |at: usize| {
+                let (row, output) = (at / width, at % width);
+                match epilogue {
+                    Epilogue::Store => dot(row, output) + bias(output),
+                    Epilogue::Add => dot(row, output) + bias(output) + f64::from(self.before[at]),
+                    Epilogue::Softcap(cap) => {
+                        let cap = f64::from(cap);
+                        cap * ((dot(row, output) + bias(output)) / cap).tanh()
+                    }
+                    Epilogue::Gated(activation) => {
+                        let gate = dot(row, gated_row(output, false)) + bias(output);
+                        let up = dot(row, gated_row(output, true)) + bias(width + output);
+                        let activated = match activation {
+                            Activation::Silu => gate / (1.0 + (-gate).exp()),
+                            Activation::GeluTanh => {
+                                let inner = gate + 0.044715 * gate.powi(3);
+                                let scale = (2.0 / std::f64::consts::PI).sqrt();
+                                0.5 * gate * (1.0 + (scale * inner).tanh())
+                            }
+                        };
+                        activated * up
+                    }
+                }
+            };
+            (0..self.before.len()).map(value).collect()
+        }
+    }
+
+    /// Products of bfloat16 are exact in float32; what is left is the sums' rounding: at most
+    /// `inputs` halves of 2⁻²³ of partial sums that are below `inputs`, in practice their root. A gated
+    /// result multiplies that by the other factor.
+    fn bound(inputs: usize, expected: f64) -> f64 {
+        let root = (inputs as f64).sqrt();
+        1e-6 * root * (1.0 + root) + 1e-5 * expected.abs()
+    }
+
+    /// Both kernels, and the same bits of both.
+    #[test]
+    fn agrees_with_float64() {
+        let device = device();
+        let epilogues = [
+            Epilogue::Store,
+            Epilogue::Add,
+            Epilogue::Gated(Activation::Silu),
+            Epilogue::Gated(Activation::GeluTanh),
+            Epilogue::Softcap(3.0),
+        ];
+        for (i, (rows, inputs, width)) in [
+            (1, 8, 1),
+            (1, 576, 40),
+            (3, 100, 33),
+            (8, 1000, 17),
+            (13, 128, 96),
+            (30, 260, 31),
+            (50, 72, 64),
+            (100, 200, 20),
+            (150, 136, 10),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            for epilogue in [epilogues[i % 5], epilogues[(i + 2) % 5]] {
+                let gated = matches!(epilogue, Epilogue::Gated(_));
+                let case = Case::new(rows, inputs, width, gated, i % 2 == 1);
+                let expected = case.in_f64(epilogue);
+                let by = KERNELS.map(|kernel| case.run(&device, epilogue, kernel));
+                assert_within(&by[0], &expected, |e| bound(inputs, e));
+                assert_eq!(bits(&by[0]), bits(&by[1]), "{rows} rows, {inputs} inputs");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_of_a_batch_has_the_bits_of_the_row_alone() {
+        let device = device();
+        let (inputs, width) = (400, 48);
+        let alone = |case: &Case, row: usize| {
+            let stride = case.shape.stride;
+            let one = Case {
+                x: case.x[row * stride..][..stride].to_vec(),
+                weight: case.weight.clone(),
+                bias: case.bias.clone(),
+                before: case.before[row * width..][..width].to_vec(),
+                shape: Shape {
+                    rows: 1,
+                    ..case.shape
+                },
+                inputs,
+            };
+            one.run(&device, Epilogue::Add, matmul)
+        };
+        for rows in [2, 9, 20, 40, 70, 130] {
+            let case = Case::new(rows, inputs, width, false, true);
+            let together = case.run(&device, Epilogue::Add, matmul);
+            for row in [0, rows / 2, rows - 1] {
+                assert_eq!(
+                    bits(&together[row * width..][..width]),
+                    bits(&alone(&case, row)),
+                    "row {row} of {rows}"
+                );
+            }
+        }
+    }
+}
