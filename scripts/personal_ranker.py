@@ -5,7 +5,8 @@ The user here is a rule, so that it can be measured: of the right answers, the s
 Two collections of scripts/make_task.py's gcd_styles are labelled by it, one to learn from and one of
 other items to measure on:
 
-    scripts/personal_ranker.py --ranker gcd data/gcd_styles/train data/gcd_styles/test -o data/mine
+    scripts/personal_ranker.py --ranker models/gcd.safetensors \\
+        data/gcd_styles/train data/gcd_styles/test -o data/mine
 
 It prints how often the chosen one of N is the wanted one, and how often it is right at all, before and
 after, and for a ranker that has only the 50 groups. Needs torch and safetensors.
@@ -30,10 +31,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", help="collection to label and learn from")
     parser.add_argument("test", help="collection of other items")
-    parser.add_argument("--ranker", required=True, help="file or built-in name of the ranker to begin with")
+    parser.add_argument("--ranker", required=True, help="file of the ranker to begin with")
+    parser.add_argument("--name", default="mine", help="what the user's ranker and its task are called")
     parser.add_argument("--podium", default="target/release/podium")
     parser.add_argument("--groups", type=int, default=50, help="groups to label")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder")
@@ -48,30 +50,27 @@ def main():
         return json.loads(done.stdout)
 
     train, test = Collection(options.train), Collection(options.test)
-    # Where nothing is right, a user has nothing to point at.
-    useful = [item for item, line in enumerate(train.lines) if 1 in line["labels"]][: options.groups]
-    assert len(useful) == options.groups, f"only {len(useful)} of the groups have a right candidate"
+    labelled = list(range(min(options.groups, len(train.lines))))
+    # Where nothing is right, all that is said is that nothing is wanted.
+    useful = sum(1 in train.lines[item]["labels"] for item in labelled)
     mine, theirs = options.output / "labelled", options.output / "test"
-    train.write(mine, useful, wanted, name="mine")
-    test.write(theirs, range(len(test.lines)), wanted, name="mine")
+    train.write(mine, labelled, wanted, name=options.name)
+    test.write(theirs, range(len(test.lines)), wanted, name=options.name)
 
-    # All 50 groups are learned from; the number of epochs is fixed, for nothing is left to choose it by.
+    # All groups are learned from; the number of epochs is fixed, for nothing is left to choose it by.
     recipe = ["--epochs", options.epochs, "--learning-rate", options.learning_rate, "--validation", 0]
-    moved, alone = options.output / "mine.safetensors", options.output / "alone.safetensors"
-    start = ["--init", options.ranker] if Path(options.ranker).exists() else None
-    if start is None:
-        raise SystemExit(f"{options.ranker}: give a ranker's file, such as models/gcd.safetensors")
-    moving = podium("train", mine, "-o", moved, "--name", "moved", *start, *recipe)
+    moved, alone = options.output / f"{options.name}.safetensors", options.output / "alone.safetensors"
+    moving = podium("train", mine, "-o", moved, "--name", options.name, "--init", options.ranker, *recipe)
     podium("train", mine, "-o", alone, "--name", "alone", *recipe)
 
-    report = {"groups": len(useful), "seconds": moving["seconds"], "epochs": options.epochs, "measured": {}}
+    report = {"groups": len(labelled), "with_right": useful, "seconds": moving["seconds"], "epochs": options.epochs, "measured": {}}
     for what, folder in [("wanted", theirs), ("right", options.test)]:
         (found,) = podium("eval", folder, "--ranker", options.ranker, moved, alone)["collections"]
-        names = ["oracle", *(c["strategy"] for c in found["curves"] if c["strategy"] == "first")]
         curves = {curve["strategy"]: curve for curve in found["curves"]}
-        before = next(name for name in curves if name not in names and not name.startswith("majority"))
+        # The oracle is the first curve, the first ranker the second.
+        before = found["curves"][1]["strategy"]
         rows = {"first": "first candidate", "mean log-probability": "mean log-probability", before: "before"}
-        rows |= {"moved": "after", "alone": "from the groups alone", "oracle": "oracle"}
+        rows |= {options.name: "after", "alone": "from the groups alone", "oracle": "oracle"}
         report["items"], report["n"] = found["items"], found["n"]
         report["measured"][what] = {
             shown: {key: curves[name][key] for key in ("accuracy", "low", "high")} for name, shown in rows.items()
@@ -79,7 +78,7 @@ def main():
     if options.json:
         print(json.dumps(report))
         return
-    print(f"{report['groups']} groups, {report['epochs']} passes, {report['seconds']:.2f} s; {report['items']} other items")
+    print(f"{report['groups']} groups ({useful} with a right candidate), {report['epochs']} passes, {report['seconds']:.2f} s; {report['items']} other items")
     for what, rows in report["measured"].items():
         print(f"\n| the chosen one of N is {what} | {' | '.join(map(str, report['n']))} |")
         print("| --- |" + " --- |" * len(report["n"]))

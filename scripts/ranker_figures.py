@@ -8,7 +8,7 @@ by `podium train` and measured by `podium eval`; what was done once is kept in `
 again. What a ranker is (layer, kind, loss, learning rate, width) is chosen by the accuracy on the part
 of the training items that training itself holds out, never by test items. Tables go between the
 markers in the document, plots beside it into `figures/`; the chosen rankers are
-`WORK/<task>.safetensors`.
+`WORK/<task>.safetensors`, and the one moved to a taste `WORK/mine/gcd_shortest.safetensors`.
 
 Needs matplotlib, torch and safetensors.
 """
@@ -169,7 +169,7 @@ def accuracy_tables(work, chosen, figures):
         ns = [n for n in (1, 2, 4, 8, 16, 32) if n in measured["n"]]
         at = [measured["n"].index(n) for n in ns]
         curves = {curve["strategy"]: curve for curve in measured["curves"]}
-        shown = {"oracle": "oracle", task: "**the ranker that ships**"}
+        shown = {"oracle": "oracle", task: "**chosen ranker**"}
         shown |= {f"majority weighted by {task}": "majority, weighted by it"}
         shown |= {name: f"{name}, default options" for name in others}
         shown |= {name: name for name in STRATEGIES}
@@ -312,10 +312,11 @@ def hundred_table(work, chosen, figures):
 
 def personal_table(work, chosen):
     command = [sys.executable, ROOT / "scripts/personal_ranker.py", "--podium", work.podium, "--json"]
-    command += ["--ranker", work.folder / "gcd.safetensors", "-o", work.folder / "mine", "--threads", work.threads]
+    command += ["--ranker", work.folder / "gcd.safetensors", "-o", work.folder / "mine", "--name", "gcd_shortest"]
+    command += ["--threads", work.threads]
     command += [work.data / "gcd_styles/train", work.data / "gcd_styles/test"]
     report = json.loads(subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout)
-    ns, parts = report["n"], [f"{report['groups']} groups to learn from, {report['items']} others:"]
+    ns, parts = report["n"], [f"{report['groups']} groups to learn from ({report['with_right']} with a right candidate), {report['items']} others:"]
     for what, title in [("wanted", "the wanted one"), ("right", "right at all")]:
         rows = []
         for name, row in report["measured"][what].items():
@@ -388,9 +389,8 @@ def main():
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--podium", default=ROOT / "target/release/podium")
     parser.add_argument("--document", type=Path, default=ROOT / "docs/RANKER.md")
-    parser.add_argument("--tasks", nargs="+", default=["gcd", "family_relationships", "letter_counting", "calls"])
+    parser.add_argument("--tasks", nargs="+", default=["gcd", "family_relationships", "letter_counting", "count_primes"])
     parser.add_argument("--parts", nargs="+", help="only these tables")
-    parser.add_argument("--choose", action="store_true", help="only choose rankers: needs no test items")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     work, tasks = Work(options), options.tasks
@@ -398,19 +398,16 @@ def main():
     figures.mkdir(exist_ok=True)
 
     chosen = {task: choose(work, task) for task in tasks}
-    if options.choose:
-        print(chosen_table(work, chosen))
-        return
     makers = {
         "chosen": lambda: chosen_table(work, chosen),
         "accuracy": lambda: accuracy_tables(work, chosen, figures),
         "layers": lambda: layer_table(work, tasks, figures),
-        "kinds": lambda: kind_table(work, chosen),
+        "kinds": lambda: kind_table(work, {task: chosen[task] for task in tasks[:2]}),
         "size": lambda: size_table(work, chosen, tasks[:2], figures),
         "transfer": lambda: transfer_table(work, chosen),
         "hundred": lambda: hundred_table(work, chosen, figures),
         "personal": lambda: personal_table(work, chosen),
-        "torch": lambda: torch_table(work, chosen, tasks[:2]),
+        "torch": lambda: torch_table(work, chosen, tasks[:1]),
     }
     parts = {name: make() for name, make in makers.items() if options.parts is None or name in options.parts}
     insert(options.document, parts)

@@ -17,6 +17,7 @@ use crate::backend::cuda::emulated::{Checks, Emulated};
 use crate::backend::cuda::gpu::Gpu;
 use crate::backend::sampling::SamplingParams;
 use crate::backend::{Backend, BackendError};
+use crate::engine::scheduler::Limits;
 use crate::engine::{
     Engine, EngineError, GenerateRequest, Generated, Observer, ScoreRequest, Scored,
 };
@@ -26,6 +27,8 @@ use crate::model::forward::Model;
 use crate::model::text::{ChatMessage, ChatRequest, ChatTemplate, TextError, Tokenizer};
 use crate::model::{default_model, hub};
 use crate::ranker::{Ranker, builtin, find_builtin};
+use crate::server::metrics::Metrics;
+use crate::server::worker::EngineHandle;
 use crate::tasks::candidates::{Candidates, Item, Prompt};
 use crate::tasks::feature_file::FeatureSource;
 
@@ -50,6 +53,14 @@ pub trait AnyEngine {
     fn model_name(&self) -> &str;
     fn fingerprint(&self) -> &str;
     fn device(&self) -> String;
+    /// Moves the engine to a thread of its own, with this much memory for keys and values and so many
+    /// candidates at a time; gives the pages of the KV cache too.
+    fn serve(
+        self: Box<Self>,
+        kv_bytes: usize,
+        candidates: usize,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<(EngineHandle, usize)>;
 }
 
 impl<B: Backend> AnyEngine for Engine<B> {
@@ -79,6 +90,22 @@ impl<B: Backend> AnyEngine for Engine<B> {
 
     fn device(&self) -> String {
         self.model().backend.name()
+    }
+
+    fn serve(
+        self: Box<Self>,
+        kv_bytes: usize,
+        candidates: usize,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<(EngineHandle, usize)> {
+        let pages = (kv_bytes / self.page_bytes()).max(1);
+        let engine = self.with_limits(Limits {
+            pages,
+            cached_pages: pages / 4,
+            candidates,
+            ..Limits::default()
+        });
+        Ok((EngineHandle::start(engine, metrics)?, pages))
     }
 }
 
@@ -131,6 +158,19 @@ impl Session {
             )
         });
         Ok(session)
+    }
+
+    /// Engine, tokenizer (or what is wrong with its files) and chat template, each for an owner of its
+    /// own.
+    #[allow(clippy::type_complexity)]
+    pub fn into_parts(
+        self,
+    ) -> (
+        Box<dyn AnyEngine>,
+        Result<Arc<Tokenizer>, TextError>,
+        Result<ChatTemplate, TextError>,
+    ) {
+        (self.engine, self.tokenizer, self.template)
     }
 
     /// A line on standard error, with `-v`.

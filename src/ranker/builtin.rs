@@ -5,7 +5,12 @@ use std::sync::OnceLock;
 use super::{Ranker, RankerError};
 
 /// Files of `models/`, each under 1 MB.
-const FILES: &[&[u8]] = &[include_bytes!("../../models/gcd.safetensors")];
+const FILES: &[&[u8]] = &[
+    include_bytes!("../../models/gcd.safetensors"),
+    include_bytes!("../../models/family_relationships.safetensors"),
+    include_bytes!("../../models/gcd_shortest.safetensors"),
+    include_bytes!("../../models/count_primes.safetensors"),
+];
 
 /// Every built-in ranker, for whichever model.
 pub fn builtin() -> &'static [Ranker] {
