@@ -33,7 +33,7 @@
 //!
 //! [`Engine::generate`](engine::Engine::generate) has an example with text and a ranker.
 //!
-//! The modules depend on each other downward in this order: [`cli`] → [`engine`], [`eval`] → [`tasks`] → [`ranker`],
+//! The modules depend on each other downward in this order: [`cli`], [`server`] → [`engine`], [`eval`] → [`tasks`] → [`ranker`],
 //! [`model`] → [`backend`]. `docs/ARCHITECTURE.md` is the map.
 
 pub mod backend;
@@ -42,4 +42,5 @@ pub mod engine;
 pub mod eval;
 pub mod model;
 pub mod ranker;
+pub mod server;
 pub mod tasks;

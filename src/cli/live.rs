@@ -272,6 +272,7 @@ mod tests {
             candidate,
             token: 0,
             logprob,
+            top: &[],
         });
         view.observe(Event::Text { candidate, piece });
     }

@@ -5,6 +5,7 @@
 
 mod batch;
 mod bench;
+mod bench_serve;
 mod collect;
 mod devices;
 mod error;
@@ -18,6 +19,7 @@ mod output;
 mod progress;
 mod report;
 mod score;
+mod serve;
 mod session;
 mod sweep;
 mod train;
@@ -47,7 +49,9 @@ enum Command {
     Collect(collect::CollectOptions),
     Train(Box<train::TrainCommand>),
     Eval(eval::EvalCommand),
+    Serve(Box<serve::ServeOptions>),
     Bench(bench::BenchOptions),
+    BenchServe(Box<bench_serve::BenchServeOptions>),
     Devices(devices::DevicesOptions),
 }
 
@@ -64,7 +68,9 @@ pub fn main() -> ExitCode {
         Command::Collect(options) => collect::run(&global, options),
         Command::Train(command) => train::run(&global, command),
         Command::Eval(command) => eval::run(&global, command),
+        Command::Serve(options) => serve::run(&global, options),
         Command::Bench(options) => bench::run(&global, options),
+        Command::BenchServe(options) => bench_serve::run(&global, options),
         Command::Devices(options) => devices::run(&global, options),
     };
     match result {

@@ -10,12 +10,14 @@ use serde::Deserialize;
 use super::error::CliError;
 use super::options::{Device, DtypeChoice, GlobalOptions};
 use super::progress::{Progress, Unit};
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::emulated::{Checks, Emulated};
+use crate::backend::cuda::gpu::Gpu;
 use crate::backend::sampling::SamplingParams;
+use crate::backend::{Backend, BackendError};
+use crate::engine::scheduler::Limits;
 use crate::engine::{
     Engine, EngineError, GenerateRequest, Generated, Observer, ScoreRequest, Scored,
 };
@@ -25,6 +27,8 @@ use crate::model::forward::Model;
 use crate::model::text::{ChatMessage, ChatRequest, ChatTemplate, TextError, Tokenizer};
 use crate::model::{default_model, hub};
 use crate::ranker::{Ranker, builtin, find_builtin};
+use crate::server::metrics::Metrics;
+use crate::server::worker::EngineHandle;
 use crate::tasks::candidates::{Candidates, Item, Prompt};
 use crate::tasks::feature_file::FeatureSource;
 
@@ -49,6 +53,14 @@ pub trait AnyEngine {
     fn model_name(&self) -> &str;
     fn fingerprint(&self) -> &str;
     fn device(&self) -> String;
+    /// Moves the engine to a thread of its own, with this much memory for keys and values and so many
+    /// candidates at a time; gives the pages of the KV cache too.
+    fn serve(
+        self: Box<Self>,
+        kv_bytes: usize,
+        candidates: usize,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<(EngineHandle, usize)>;
 }
 
 impl<B: Backend> AnyEngine for Engine<B> {
@@ -78,6 +90,22 @@ impl<B: Backend> AnyEngine for Engine<B> {
 
     fn device(&self) -> String {
         self.model().backend.name()
+    }
+
+    fn serve(
+        self: Box<Self>,
+        kv_bytes: usize,
+        candidates: usize,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<(EngineHandle, usize)> {
+        let pages = (kv_bytes / self.page_bytes()).max(1);
+        let engine = self.with_limits(Limits {
+            pages,
+            cached_pages: pages / 4,
+            candidates,
+            ..Limits::default()
+        });
+        Ok((EngineHandle::start(engine, metrics)?, pages))
     }
 }
 
@@ -130,6 +158,19 @@ impl Session {
             )
         });
         Ok(session)
+    }
+
+    /// Engine, tokenizer (or what is wrong with its files) and chat template, each for an owner of its
+    /// own.
+    #[allow(clippy::type_complexity)]
+    pub fn into_parts(
+        self,
+    ) -> (
+        Box<dyn AnyEngine>,
+        Result<Arc<Tokenizer>, TextError>,
+        Result<ChatTemplate, TextError>,
+    ) {
+        (self.engine, self.tokenizer, self.template)
     }
 
     /// A line on standard error, with `-v`.
@@ -313,10 +354,12 @@ enum AnyBackend {
 /// The device that was asked for.
 fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
     match options.device {
+        // A GPU only for those who name it, until one has run the kernels.
         Device::Auto | Device::Cpu => Ok(AnyBackend::Cpu(cpu(options)?)),
-        Device::Cuda { index } => Err(CliError::Failed(format!(
-            "--device cuda:{index}: this build cannot drive a GPU yet; use --device cpu, or --device emulate to run its kernels on the CPU"
-        ))),
+        Device::Cuda { index } => {
+            let gpu = Gpu::open(index).map_err(BackendError::from)?;
+            Ok(AnyBackend::Cuda(Cuda::new(Arc::new(gpu))))
+        }
         Device::Emulate => {
             let threads = options.threads()?;
             let emulated = Emulated::new(Checks::default()).with_threads(threads);

@@ -442,6 +442,7 @@ impl<B: Backend> WriteJob<B> {
         self.tokens += 1;
         let writing = &mut self.writing[candidate];
         let (token, logprob) = (sampled.token, sampled.logprob);
+        let top = sampled.top_logprobs.clone();
         let reason = writing.push(&self.conditions, sampled);
         let mut tell = |event: Event| {
             if flow.is_continue() {
@@ -453,6 +454,7 @@ impl<B: Backend> WriteJob<B> {
                 candidate,
                 token,
                 logprob,
+                top: &top,
             });
         }
         let piece = writing.stop.stream();

@@ -152,6 +152,8 @@ pub enum Event<'a> {
         candidate: usize,
         token: u32,
         logprob: f32,
+        /// The most probable tokens at its place, as many as were asked for.
+        top: &'a [(u32, f32)],
     },
     /// A candidate's text grew by a piece that will not be taken back.
     Text { candidate: usize, piece: &'a str },

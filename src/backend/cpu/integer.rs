@@ -64,18 +64,9 @@ impl Kernel for Quantise<'_> {
         unsafe {
             let norm_scale = S::splat(self.row.scale::<S>());
             for span in 0..self.row.width / SPAN {
-                let halves = [0, LANES].map(|half| {
-                    let at = span * SPAN + half;
-                    let x = S::load(self.row.source.add(at));
-                    match self.row.norm {
-                        Some(norm) => {
-                            let weight = S::load(norm.weight.as_slice()[at..].as_ptr());
-                            S::mul(S::mul(x, norm_scale), weight)
-                        }
-                        None => x,
-                    }
-                });
-                let words = quantise::<S>(halves);
+                let first = normed::<S>(&self.row, norm_scale, span * SPAN);
+                let second = normed::<S>(&self.row, norm_scale, span * SPAN + LANES);
+                let words = quantise::<S>([first, second]);
                 let out = self.out.add(span * SPAN_WORDS * self.rows + self.i);
                 for (index, word) in words.into_iter().enumerate() {
                     *out.add(index * self.rows) = word;
@@ -85,13 +76,35 @@ impl Kernel for Quantise<'_> {
     }
 }
 
+// Functions and loops rather than closures over vectors: a closure that is not inlined is compiled
+// without the instruction set of the kernel around it.
+
+/// Sixteen numbers of a row from `at` on, its norm applied.
+#[inline(always)]
+unsafe fn normed<S: Simd>(row: &Normed, norm_scale: S::V, at: usize) -> S::V {
+    unsafe {
+        let x = S::load(row.source.add(at));
+        match row.norm {
+            Some(norm) => {
+                let weight = S::load(norm.weight.as_slice()[at..].as_ptr());
+                S::mul(S::mul(x, norm_scale), weight)
+            }
+            None => x,
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn magnitude<S: Simd>(x: S::V) -> S::V {
+    unsafe { S::max(x, S::sub(S::splat(0.0), x)) }
+}
+
 /// The words of a span.
 #[inline(always)]
 unsafe fn quantise<S: Simd>(halves: [S::V; 2]) -> [u32; SPAN_WORDS] {
     let mut words = [0; SPAN_WORDS];
     unsafe {
-        let magnitude = halves.map(|x| S::max(x, S::sub(S::splat(0.0), x)));
-        let greatest = S::greatest(S::max(magnitude[0], magnitude[1]));
+        let greatest = S::greatest(S::max(magnitude::<S>(halves[0]), magnitude::<S>(halves[1])));
         let scale = greatest / GREATEST;
         // Nothing but zeros, or too small for a scale: zeros.
         let inverse = if scale >= f32::MIN_POSITIVE {

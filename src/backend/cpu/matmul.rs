@@ -10,7 +10,7 @@
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
-use super::format::{Format, UNIT};
+use super::format::{Format, UNIT, block_bytes, block_inputs};
 use super::inputs::{Form, Inputs};
 use super::integer;
 use super::matrix::{Matrix, Panel, widen, with_format};
@@ -99,8 +99,8 @@ impl Kernel for Task<'_> {
             if self.inputs.rows() == 1 {
                 self.one_row::<S>();
             } else {
-                for &pair in self.pairs {
-                    self.many_rows::<S>(pair);
+                for (i, &pair) in self.pairs.iter().enumerate() {
+                    self.many_rows::<S>(pair, self.pairs.get(i + 1).copied());
                 }
             }
         }
@@ -160,12 +160,20 @@ impl Task<'_> {
     }
 
     #[inline(always)]
-    unsafe fn many_rows<S: Simd>(&self, pair: (Panel, Option<Panel>)) {
+    unsafe fn many_rows<S: Simd>(
+        &self,
+        pair: (Panel, Option<Panel>),
+        next_pair: Option<(Panel, Option<Panel>)>,
+    ) {
         let mut wide = MaybeUninit::<[f32; 2 * RUN * LANES]>::uninit();
         let mut sums = MaybeUninit::<[f32; ROW_BLOCK * 2 * LANES]>::uninit();
         let wide: *mut f32 = wide.as_mut_ptr().cast();
         let sums: *mut f32 = sums.as_mut_ptr().cast();
-        let panels = [pair.0, pair.1.unwrap_or(pair.0)].map(|panel| self.weight.panel(panel));
+        let both = |pair: (Panel, Option<Panel>)| {
+            [pair.0, pair.1.unwrap_or(pair.0)].map(|panel| self.weight.panel(panel))
+        };
+        let panels = both(pair);
+        let next_panels = next_pair.map(both);
         let form = self.inputs.form();
         let (longest, wide) = match form {
             Form::Float => (RUN, [wide, wide.wrapping_add(RUN * LANES)]),
@@ -180,6 +188,11 @@ impl Task<'_> {
             let base = now[0].first_row;
             for run in (0..padded).step_by(longest) {
                 let inputs = longest.min(padded - run);
+                let next = match next_panels {
+                    _ if run + longest < padded => Some((panels, run + longest)),
+                    Some(panels) => Some((panels, 0)),
+                    None => None,
+                };
                 // SAFETY: `wide` has room for two runs, `sums` for two vectors of each row of the
                 // block, and each is written before it is read: sums where `run` is 0.
                 unsafe {
@@ -191,7 +204,10 @@ impl Task<'_> {
                             }
                         }
                     }
-                    for tile in now {
+                    for (i, tile) in now.iter().enumerate() {
+                        if let Some((panels, run)) = next {
+                            prefetch::<S>(panels, run, longest, (i, now.len()));
+                        }
                         let x = self.inputs.tile(*tile, run);
                         let c = sums.add((tile.first_row - base) * 2 * LANES);
                         match form {
@@ -276,6 +292,26 @@ impl Task<'_> {
                     _ => store_columns::<S>(place, y, panel.columns),
                 }
             }
+        }
+    }
+}
+
+/// Asks for one of `shares` of a run of two panels. While tiles are multiplied nothing is read from
+/// memory, and the processor does not see what comes next; asked for all at once, it would wait.
+#[inline(always)]
+unsafe fn prefetch<S: Simd>(
+    panels: [(Dtype, *const u8); 2],
+    run: usize,
+    inputs: usize,
+    (share, shares): (usize, usize),
+) {
+    for (dtype, panel) in panels {
+        let bytes = |inputs: usize| inputs / block_inputs(dtype) * block_bytes(dtype);
+        let share_bytes = bytes(inputs).div_ceil(shares).next_multiple_of(64);
+        let start = panel.wrapping_add(bytes(run) + share * share_bytes);
+        for line in (0..share_bytes).step_by(64) {
+            // SAFETY: any address will do.
+            unsafe { S::prefetch(start.wrapping_add(line)) };
         }
     }
 }

@@ -115,9 +115,11 @@ fn exact_loss(config: &RankerConfig, tensors: &ExactTensors, data: &Data, loss: 
                 count += 1.0;
             }
             Loss::Pointwise => {
-                for (score, label) in scores.iter().zip(&labels) {
-                    let right = 1.0 / (1.0 + (-score).exp());
-                    total -= label * right.ln() + (1.0 - label) * (1.0 - right).ln();
+                // ln σ(x); taken from 1 - σ(-x), it would lose its digits at scores above ten, and
+                // finite differences with them.
+                let log_sigmoid = |x: f64| x.min(0.0) - (-x.abs()).exp().ln_1p();
+                for (&score, label) in scores.iter().zip(&labels) {
+                    total -= label * log_sigmoid(score) + (1.0 - label) * log_sigmoid(-score);
                     count += 1.0;
                 }
             }

@@ -2,12 +2,14 @@
 //!
 //! A kernel is a type with a generic body ([`Kernel::run`]); [`Isa::dispatch`] compiles the body once
 //! for each instruction set and picks one at run time. Lanes are always sixteen, so a kernel reads
-//! the same on AVX-512 (one register), AVX2 (two) and everywhere else (an array that the compiler
-//! maps to whatever the target has; on aarch64 that is NEON, which is part of its baseline).
+//! the same on AVX-512 (one register), AVX2 (two), NEON (four) and everywhere else (an array that
+//! the compiler maps to whatever the target has).
 
 // `Simd` says once what all of its methods ask for.
 #![allow(clippy::missing_safety_doc)]
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -80,21 +82,7 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// `sum + Σ u·s` over the four bytes of each lane, those of `u` unsigned, those of `s` signed.
     #[inline(always)]
     unsafe fn dot4(sum: Self::I, u: Self::I, s: Self::I) -> Self::I {
-        let mut lanes = [[0u32; LANES]; 3];
-        unsafe {
-            for (lanes, v) in lanes.iter_mut().zip([sum, u, s]) {
-                Self::store_u32(lanes.as_mut_ptr(), v);
-            }
-            let [sums, us, ss] = &mut lanes;
-            for ((sum, u), s) in sums.iter_mut().zip(us).zip(ss) {
-                let products = u.to_le_bytes().into_iter().zip(s.to_le_bytes());
-                let dot: i32 = products
-                    .map(|(u, s)| i32::from(u) * i32::from(s as i8))
-                    .sum();
-                *sum = sum.wrapping_add(dot as u32);
-            }
-            Self::load_u32(lanes[0].as_ptr())
-        }
+        unsafe { dot4_by_lanes::<Self>(sum, u, s) }
     }
 
     /// Adds the lanes in a fixed tree: lane i with i + 8, then 4, 2, 1 apart.
@@ -170,6 +158,26 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     }
 }
 
+/// [`Simd::dot4`] where there is no instruction for it.
+#[inline(always)]
+unsafe fn dot4_by_lanes<S: Simd>(sum: S::I, u: S::I, s: S::I) -> S::I {
+    let mut lanes = [[0u32; LANES]; 3];
+    unsafe {
+        for (lanes, v) in lanes.iter_mut().zip([sum, u, s]) {
+            S::store_u32(lanes.as_mut_ptr(), v);
+        }
+        let [sums, us, ss] = &mut lanes;
+        for ((sum, u), s) in sums.iter_mut().zip(us).zip(ss) {
+            let products = u.to_le_bytes().into_iter().zip(s.to_le_bytes());
+            let dot: i32 = products
+                .map(|(u, s)| i32::from(u) * i32::from(s as i8))
+                .sum();
+            *sum = sum.wrapping_add(dot as u32);
+        }
+        S::load_u32(lanes[0].as_ptr())
+    }
+}
+
 /// A computation written once over [`Simd`].
 pub trait Kernel {
     type Output;
@@ -190,6 +198,11 @@ pub enum Isa {
     AvxVnni,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// NEON with the byte products of I8MM.
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Portable,
 }
 
@@ -218,6 +231,13 @@ impl Isa {
                 found.push(Isa::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        {
+            if std::arch::is_aarch64_feature_detected!("i8mm") {
+                found.push(Isa::NeonI8mm);
+            }
+            found.push(Isa::Neon);
+        }
         found.push(Isa::Portable);
         found
     }
@@ -235,7 +255,10 @@ impl Isa {
             Isa::AvxVnni => "avx-vnni",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => "avx2",
-            Isa::Portable if cfg!(target_arch = "aarch64") => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => "neon-i8mm",
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => "neon",
             Isa::Portable => "portable",
         }
     }
@@ -262,6 +285,10 @@ impl Isa {
             Isa::AvxVnni => unsafe { x86::run_avx_vnni(kernel) },
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { x86::run_avx2(kernel) },
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => unsafe { neon::run_neon_i8mm(kernel) },
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => unsafe { neon::run_neon(kernel) },
             Isa::Portable => unsafe { kernel.run::<Portable>() },
         }
     }

@@ -15,7 +15,7 @@ fn map2(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; 
 unsafe impl Simd for Portable {
     type V = [f32; LANES];
     type I = [u32; LANES];
-    // NEON has 32 registers of four lanes: 4 rows × 16 lanes = 16 accumulators, 4 weights.
+    // A tile of 4 rows leaves an instruction set with 32 registers of four lanes room to spare.
     const TILE_ROWS: usize = 4;
     const TILE_PANELS: usize = 1;
     const DOT4: bool = false;

@@ -92,7 +92,7 @@ const REFUSED_WITHOUT_NAMESPACES: &[i64] = &[
     libc::SYS_mq_unlink,
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
-    libc::SYS_fchmodat2,
+    FCHMODAT2,
     libc::SYS_fchown,
     libc::SYS_fchownat,
     libc::SYS_utimensat,
@@ -109,6 +109,9 @@ const REFUSED_WITHOUT_NAMESPACES: &[i64] = &[
     libc::SYS_sched_setparam,
     libc::SYS_sched_setscheduler,
 ];
+
+/// `fchmodat2` of Linux 6.6: one number on every architecture; libc names it on some only.
+const FCHMODAT2: i64 = 452;
 
 /// On x86-64 the calls of the x32 interface are the same ones under other numbers.
 #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,110 @@
+"""The engines, each as one function: one round of one model, its speeds in tokens per second.
+
+A round gives {"prefill": tokens/s, "decode": {n: tokens/s of all n together}}: a prompt is prefilled
+once, then n candidates decode some steps behind it.
+"""
+
+import json
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Work:
+    prompt: int
+    steps: int
+    n: list
+    threads: int
+
+
+def run(command: list) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def podium(binary: Path, model: Path, work: Work, *options: str) -> dict:
+    n = ",".join(map(str, work.n))
+    command = [binary, "bench", "--json", "--rounds", 1, "--model", model, "--threads", work.threads, "--n", n]
+    command += ["--prompt-tokens", work.prompt, "--steps", work.steps, *options]
+    report = json.loads(run(command))
+    return {
+        "prefill": report["prefill"]["tokens_per_s"],
+        "decode": {row["n"]: row["tokens_per_s"] for row in report["decode"]},
+        "limits": report["limits"],
+        "weight_bytes": report["weight_bytes"],
+        "floors": {row["n"]: floor(row, report["limits"]) for row in report["decode"]},
+        "prefill_floor": floor(report["prefill"], report["limits"]),
+    }
+
+
+def floor(row: dict, limits: dict) -> float:
+    """Tokens per second that the machine's limits allow: bytes at the read bandwidth or multiply-adds
+    at the float32 peak, whichever takes longer."""
+    longest = max(
+        row["gb_per_s"] / limits["read_gb_per_s"],
+        row["gflop_per_s"] / limits["fma_gflop_per_s"],
+    )
+    return row["tokens_per_s"] / longest
+
+
+def llama_cpp(folder: Path, model: Path, work: Work) -> dict:
+    """llama-batched-bench with a shared prompt in one unified cache; it draws no tokens."""
+    context = work.prompt + max(work.n) * work.steps + 256
+    command = [folder / "llama-batched-bench", "-m", model, "-c", context, "-b", 2048, "-ub", 512]
+    command += ["-npp", work.prompt, "-ntg", work.steps, "-npl", ",".join(map(str, work.n)), "-pps", "-kvu"]
+    command += ["-t", work.threads, "--output-format", "jsonl"]
+    rows = [json.loads(line) for line in run(command).splitlines() if line.startswith("{")]
+    return {
+        "prefill": max(row["speed_pp"] for row in rows),
+        "decode": {row["pl"]: row["speed_tg"] for row in rows},
+    }
+
+
+def llama_bench(folder: Path, model: Path, work: Work) -> dict:
+    """llama-bench: prefill and one sequence, decoded behind an empty prompt, which flatters it a little."""
+    command = [folder / "llama-bench", "-m", model, "-p", work.prompt, "-n", work.steps, "-r", 1, "-o", "jsonl"]
+    rows = [json.loads(line) for line in run([*command, "-t", work.threads]).splitlines() if line.startswith("{")]
+    speeds = {"prefill": row["avg_ts"] for row in rows if row["n_prompt"]}
+    return speeds | {"decode": {1: row["avg_ts"] for row in rows if row["n_gen"]}}
+
+
+class Transformers:
+    """transformers on the CPU: the prompt prefilled once, its cache copied N times, as `generate` does."""
+
+    def __init__(self, model: Path, dtype: str, threads: int):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self.torch = torch
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model.parent, gguf_file=model.name, dtype=getattr(torch, dtype)
+        ).eval()
+
+    def __call__(self, work: Work) -> dict:
+        from transformers import DynamicCache
+
+        torch = self.torch
+        speeds = {"prefill": 0.0, "decode": {}}
+        with torch.inference_mode():
+            prompt = (torch.arange(work.prompt) * 31 % self.model.config.vocab_size)[None]
+            for n in work.n:
+                cache = DynamicCache(config=self.model.config)
+                started = time.perf_counter()
+                self.model(prompt, past_key_values=cache, logits_to_keep=1)
+                seconds = time.perf_counter() - started
+                speeds["prefill"] = max(speeds["prefill"], work.prompt / seconds)
+                cache.batch_repeat_interleave(n)
+                tokens = torch.ones(n, 1, dtype=torch.long)
+                # A step at a hundred candidates takes a second: fewer of them tell as much.
+                steps = max(4, work.steps // 4)
+                started = time.perf_counter()
+                for _ in range(steps):
+                    logits = self.model(tokens, past_key_values=cache).logits
+                    tokens = logits[:, -1].argmax(-1, keepdim=True)
+                speeds["decode"][n] = n * steps / (time.perf_counter() - started)
+        return speeds
