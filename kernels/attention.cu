@@ -49,14 +49,15 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP_SIZE)
             float score = -INFINITY;
             if (token >= skipped && token < tokens) {
                 const Global<bf16> page = pages[table + token / PAGE_LEN];
-                const auto key = view<const bf16x8>(keys_of(page, layer_offset, kv_head, head_stride) +
+                const auto key = view<const uint4>(keys_of(page, layer_offset, kv_head, head_stride) +
                                                     token % PAGE_LEN * head_stride);
                 score = 0.0f;
                 for (unsigned i = 0; i < head_stride / 8; ++i) {
-                    const bf16x8 numbers = key[i];
+                    const uint4 numbers = key[i];
+                    const uint32_t pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
 #pragma unroll
                     for (unsigned pair = 0; pair < 4; ++pair) {
-                        const float2 k = to_float2(numbers.pairs[pair]);
+                        const float2 k = to_float2(pairs[pair]);
                         const float low = query[i * 8 + pair * 2], high = query[i * 8 + pair * 2 + 1];
                         score = fmaf(low, k.x, score);
                         score = fmaf(high, k.y, score);

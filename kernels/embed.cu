@@ -23,12 +23,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             out[row * width + i] = __bfloat162float(numbers_of_token[i]) * scale;
         return;
     }
-    const auto from = view<const bf16x8>(numbers_of_token);
+    const auto from = view<const uint4>(numbers_of_token);
     const auto to = view<float4>(out + row * width);
     for (unsigned i = threadIdx.x; i < width / 8; i += THREADS) {
-        const bf16x8 numbers = from[i];
-        const float2 a = to_float2(numbers.pairs[0]), b = to_float2(numbers.pairs[1]);
-        const float2 c = to_float2(numbers.pairs[2]), d = to_float2(numbers.pairs[3]);
+        const uint4 numbers = from[i];
+        const float2 a = to_float2(numbers.x), b = to_float2(numbers.y);
+        const float2 c = to_float2(numbers.z), d = to_float2(numbers.w);
         to[2 * i] = make_float4(a.x * scale, a.y * scale, b.x * scale, b.y * scale);
         to[2 * i + 1] = make_float4(c.x * scale, c.y * scale, d.x * scale, d.y * scale);
     }

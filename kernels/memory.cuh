@@ -3,12 +3,11 @@
 
 #include "device.cuh"
 
-// Eight bfloat16 in one register quadruple.
-struct __align__(16) bf16x8 {
-    bf16x2 pairs[4];
-};
-
-__device__ __forceinline__ float2 to_float2(bf16x2 pair) { return __bfloat1622float2(pair); }
+// Two bfloat16 in a register, the first in the low half. What is loaded sixteen bytes at a time is a uint4 of such: a
+// struct of CUDA's own pairs is loaded in four pieces.
+__device__ __forceinline__ float2 to_float2(uint32_t pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
 __device__ __forceinline__ bf16x2 to_bf16x2(float x, float y) { return __floats2bfloat162_rn(x, y); }
 // What mma takes: two bfloat16 in a register, the first in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

@@ -257,23 +257,24 @@ __device__ __forceinline__ unsigned random_word(u64 seed, unsigned candidate, un
 }
 
 // Filters and draws. `max` is the largest of the logits.
-__device__ __forceinline__ unsigned draw_token(Global<const float> logits, unsigned count, float max, const Draw& draw,
+__device__ __forceinline__ unsigned draw_token(Global<const float> logits, unsigned count, float max, Global<const Draw> draw,
                                                const Scratch& s) {
-    const auto weight = [&](unsigned i) { return exp_of(__fmul_rn(__fsub_rn(logits[i], max), draw.inverse_temperature)); };
+    const float inverse_temperature = draw->inverse_temperature;
+    const auto weight = [&](unsigned i) { return exp_of(__fmul_rn(__fsub_rn(logits[i], max), inverse_temperature)); };
     float cut = 0.0f;
-    if (draw.top_k != 0 && draw.top_k < count) {
-        const Cut found = find_cut<false>(count, draw.top_k, s, weight);
+    if (draw->top_k != 0 && draw->top_k < count) {
+        const Cut found = find_cut<false>(count, draw->top_k, s, weight);
         if (found.found) cut = __uint_as_float(found.bits);
     }
     // Of tokens that weigh exactly `tied`, those up to `last_tie` are kept.
     float tied = 2.0f;
     unsigned last_tie = 0;
-    if (draw.top_p < 1.0f) {
+    if (draw->top_p < 1.0f) {
         const u64 total = sum_amounts(count, s, [&](unsigned i) {
             const float w = weight(i);
             return w >= cut ? mass_of(w) : u64{0};
         });
-        u64 wanted = static_cast<u64>(ceil(static_cast<double>(draw.top_p) * static_cast<double>(total)));
+        u64 wanted = static_cast<u64>(ceil(static_cast<double>(draw->top_p) * static_cast<double>(total)));
         wanted = wanted < 1 ? 1 : wanted > total ? total : wanted;
         __syncthreads();
         const Cut found = find_cut<true>(count, wanted, s, weight);
@@ -285,8 +286,8 @@ __device__ __forceinline__ unsigned draw_token(Global<const float> logits, unsig
                 count, s, [&](unsigned i) { return weight(i) == tied ? u64{1} : u64{0}; }, [&](u64) { return kept - 1; });
         }
     }
-    cut = fminf(fmaxf(cut, draw.min_p), 1.0f);
-    const unsigned steps = random_word(draw.seed, draw.candidate, draw.position) >> 8;
+    cut = fminf(fmaxf(cut, draw->min_p), 1.0f);
+    const unsigned steps = random_word(draw->seed, draw->candidate, draw->position) >> 8;
     return first_beyond(
         count, s,
         [&](unsigned i) {
@@ -355,9 +356,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
            Global<float> adjusted, Global<unsigned> tops, Global<float> top_logits, Global<Drawn> out) {
     launch_dependents();
     wait_for_predecessor();
-    const Draw draw = draws[blockIdx.x];
+    // Read where it is used: sixteen words would take registers throughout.
+    const Global<const Draw> draw = draws + blockIdx.x;
     const Scratch s = scratch();
-    Global<const float> logits = all_logits + size_t{draw.row} * vocab_size;
+    Global<const float> logits = all_logits + size_t{draw->row} * vocab_size;
     MaxAndSum of_row = max_and_sum<THREADS>(logits, vocab_size, s.chunks);
     Drawn drawn{of_row.sum, 0.0, of_row.max, 0.0f, NONE, DRAWN};
     const auto finish = [&] {
@@ -366,24 +368,24 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (refuse(logits, vocab_size, of_row, s, drawn)) return finish();
     const Global<const float> own_logits = logits;
     drawn.sum_exp = sum_of_exp<THREADS>(logits, vocab_size, of_row.max, s.chunks);
-    if (draw.adjusted != NONE) {
-        const Global<float> changed = adjusted + size_t{draw.adjusted} * vocab_size;
+    if (draw->adjusted != NONE) {
+        const Global<float> changed = adjusted + size_t{draw->adjusted} * vocab_size;
         for (unsigned i = threadIdx.x; i < vocab_size; i += THREADS) changed[i] = logits[i];
         __syncthreads();
-        const Global<const Edit> own = edits + draw.first_edit;
-        for (unsigned i = threadIdx.x; i < draw.edits; i += THREADS) {
+        const Global<const Edit> own = edits + draw->first_edit;
+        for (unsigned i = threadIdx.x; i < draw->edits; i += THREADS) {
             const unsigned token = own[i].token;
             if (i > 0 && own[i - 1].token == token) continue;  // another thread has them all
             float logit = changed[token];
             bool penalised = false;
-            for (unsigned n = i; n < draw.edits && own[n].token == token; ++n) {
+            for (unsigned n = i; n < draw->edits && own[n].token == token; ++n) {
                 if (own[n].penalised != 0)
                     penalised = true;
                 else
                     logit = __fadd_rn(logit, own[n].bias);
             }
             if (penalised)
-                logit = logit < 0.0f ? __fmul_rn(logit, draw.repetition_penalty) : __fdiv_rn(logit, draw.repetition_penalty);
+                logit = logit < 0.0f ? __fmul_rn(logit, draw->repetition_penalty) : __fdiv_rn(logit, draw->repetition_penalty);
             changed[token] = logit;
         }
         __syncthreads();
@@ -391,12 +393,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         of_row = max_and_sum<THREADS>(logits, vocab_size, s.chunks);
         if (refuse(logits, vocab_size, of_row, s, drawn)) return finish();
     }
-    drawn.token = draw.inverse_temperature == 0.0f
+    drawn.token = draw->inverse_temperature == 0.0f
                       ? first_token(vocab_size, s, [&](unsigned i) { return logits[i] == of_row.max; })
                       : draw_token(logits, vocab_size, of_row.max, draw, s);
     drawn.logit = own_logits[drawn.token];
-    if (draw.tops > 0)
-        find_tops(own_logits, vocab_size, draw.tops, s, tops + draw.first_top, top_logits + draw.first_top);
+    if (draw->tops > 0)
+        find_tops(own_logits, vocab_size, draw->tops, s, tops + draw->first_top, top_logits + draw->first_top);
     finish();
 }
 KERNEL(sample)

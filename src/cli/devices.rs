@@ -9,6 +9,7 @@ use super::error::CliError;
 use super::options::GlobalOptions;
 use super::session::isa;
 use crate::backend::cpu::simd::Isa;
+use crate::backend::cuda::gpu::{self, GpuInfo};
 use crate::backend::cuda::images;
 use crate::model::default_model;
 use crate::ranker::builtin;
@@ -50,8 +51,21 @@ struct CpuDevice {
 struct CudaSupport {
     built: bool,
     architectures: Vec<&'static str>,
+    /// GPUs of this machine, in the order of `--device cuda:INDEX`.
+    gpus: Vec<Gpu>,
+    /// Why there is none.
+    problem: Option<String>,
     /// Whether `--device emulate` runs the kernels on the CPU.
     emulated: bool,
+}
+
+#[derive(Serialize)]
+struct Gpu {
+    name: String,
+    compute_capability: String,
+    memory_bytes: usize,
+    /// Whether this build has kernels for it.
+    supported: bool,
 }
 
 #[derive(Serialize)]
@@ -70,6 +84,7 @@ struct BuiltinRanker {
 
 pub fn run(global: &GlobalOptions, _options: &DevicesOptions) -> Result<(), CliError> {
     let architectures = images::architectures();
+    let found = gpu::list();
     let devices = Devices {
         version: env!("CARGO_PKG_VERSION"),
         cpu: CpuDevice {
@@ -83,6 +98,8 @@ pub fn run(global: &GlobalOptions, _options: &DevicesOptions) -> Result<(), CliE
         cuda: CudaSupport {
             built: !architectures.is_empty(),
             architectures,
+            problem: found.as_ref().err().map(ToString::to_string),
+            gpus: found.unwrap_or_default().into_iter().map(gpu).collect(),
             emulated: true,
         },
         default_model: DefaultModel {
@@ -142,6 +159,27 @@ pub fn run(global: &GlobalOptions, _options: &DevicesOptions) -> Result<(), CliE
             cuda.architectures.join(", ")
         )?,
     }
+    for (index, gpu) in cuda.gpus.iter().enumerate() {
+        let Gpu {
+            name,
+            compute_capability,
+            memory_bytes,
+            supported,
+        } = gpu;
+        writeln!(
+            stdout,
+            "         cuda:{index} {name}, compute capability {compute_capability}, {:.0} GiB{}",
+            *memory_bytes as f64 / (1u64 << 30) as f64,
+            if *supported {
+                ""
+            } else {
+                ", no kernels for it"
+            }
+        )?;
+    }
+    if let Some(problem) = &cuda.problem {
+        writeln!(stdout, "         {problem}")?;
+    }
     writeln!(
         stdout,
         "emulate  the CUDA kernels on the CPU, each access checked; slow"
@@ -172,6 +210,16 @@ pub fn run(global: &GlobalOptions, _options: &DevicesOptions) -> Result<(), CliE
         )?;
     }
     Ok(())
+}
+
+fn gpu(info: GpuInfo) -> Gpu {
+    let (major, minor) = info.capability;
+    Gpu {
+        name: info.name,
+        compute_capability: format!("{major}.{minor}"),
+        memory_bytes: info.memory_bytes,
+        supported: !images::best_for(major, minor).is_empty(),
+    }
 }
 
 /// A field of one of Linux's `key : value` files; `None` elsewhere.

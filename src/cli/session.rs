@@ -10,12 +10,13 @@ use serde::Deserialize;
 use super::error::CliError;
 use super::options::{Device, DtypeChoice, GlobalOptions};
 use super::progress::{Progress, Unit};
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::emulated::{Checks, Emulated};
+use crate::backend::cuda::gpu::Gpu;
 use crate::backend::sampling::SamplingParams;
+use crate::backend::{Backend, BackendError};
 use crate::engine::scheduler::Limits;
 use crate::engine::{
     Engine, EngineError, GenerateRequest, Generated, Observer, ScoreRequest, Scored,
@@ -353,10 +354,12 @@ enum AnyBackend {
 /// The device that was asked for.
 fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
     match options.device {
+        // A GPU only for those who name it, until one has run the kernels.
         Device::Auto | Device::Cpu => Ok(AnyBackend::Cpu(cpu(options)?)),
-        Device::Cuda { index } => Err(CliError::Failed(format!(
-            "--device cuda:{index}: this build cannot drive a GPU yet; use --device cpu, or --device emulate to run its kernels on the CPU"
-        ))),
+        Device::Cuda { index } => {
+            let gpu = Gpu::open(index).map_err(BackendError::from)?;
+            Ok(AnyBackend::Cuda(Cuda::new(Arc::new(gpu))))
+        }
         Device::Emulate => {
             let threads = options.threads()?;
             let emulated = Emulated::new(Checks::default()).with_threads(threads);

@@ -10,7 +10,9 @@ use std::sync::Arc;
 /// Why a device did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
-    #[error("no CUDA driver on this machine (libcuda was not found); use --device cpu")]
+    #[error(
+        "no CUDA driver on this machine (libcuda was not found); use --device cpu, or --device emulate to run the kernels without a GPU"
+    )]
     NoDriver,
     #[error("there is no CUDA device {ordinal}: this machine has {count}")]
     NoSuchDevice { ordinal: usize, count: usize },

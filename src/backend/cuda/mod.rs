@@ -12,11 +12,14 @@ pub mod attention_prefill;
 pub mod attention_prefix;
 pub mod attention_suffix;
 mod backend;
+#[cfg(test)]
+mod compiled_tests;
 pub mod copy_rows;
 pub mod device;
 pub mod embed;
 pub mod emulated;
 pub mod gather_rank;
+pub mod gpu;
 pub mod images;
 mod kv_cache;
 pub mod matmul;
