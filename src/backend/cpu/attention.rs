@@ -9,6 +9,7 @@
 //! Blocks are counted from the start of the prefix and of a sequence's own tokens, so what a query
 //! adds up, and in which order, does not depend on the rest of the batch.
 
+use super::format::F32;
 use super::kv_cache::KvCache;
 use super::matmul::tanh;
 use super::rows::{Aligned, Rows, SharedRows};
@@ -17,6 +18,7 @@ use super::team::Team;
 use super::tile::{RegisterTile, interleaved_tile};
 use crate::backend::{Batch, PAGE_LEN, PageId};
 use std::cell::RefCell;
+use std::marker::PhantomData;
 
 /// Keys between two updates of the running maximum.
 const BLOCK: usize = 64;
@@ -346,7 +348,8 @@ unsafe fn attend<S: Simd>(
                 fetch(values, padded * PAGE_LEN);
             }
             let place = scores.add(page * PAGE_LEN);
-            interleaved_tile::<S>(rows, tile, two, shape.head_dim, place, BLOCK, true);
+            let two = two.map(<*const f32>::cast);
+            interleaved_tile::<S, F32, 0>(rows, tile, two, shape.head_dim, place, BLOCK, true);
         }
         for i in 0..rows {
             let (low, high) = span(i);
@@ -450,8 +453,9 @@ unsafe fn value_tile<S: Simd>(
             match rows {
                 $($rows if const { $rows <= S::TILE_ROWS && $panels <= S::TILE_PANELS } => {
                     let (w, c) = ($w, $c);
-                    S::call(RegisterTile::<$rows, $panels, BLOCK, 1> {
+                    S::call(RegisterTile::<F32, 0, $rows, $panels, BLOCK, 1> {
                         x: weights, w, inputs: count, c, c_stride: padded, first: false,
+                        format: PhantomData,
                     })
                 })*
                 _ => unreachable!("tiles are at most as tall as the register tile"),
@@ -463,12 +467,12 @@ unsafe fn value_tile<S: Simd>(
         let mut panel = 0;
         while S::TILE_PANELS == 2 && panel + 2 <= panels {
             let w = v.add(panel * PANEL);
-            rows!(2, [w, w.add(PANEL)], values.add(panel * LANES) => 1 2 3 4 5 6 7 8 9 10 11 12);
+            rows!(2, [w.cast(), w.add(PANEL).cast()], values.add(panel * LANES) => 1 2 3 4 5 6 7 8 9 10 11 12);
             panel += 2;
         }
         while panel < panels {
             let w = v.add(panel * PANEL);
-            rows!(1, [w], values.add(panel * LANES) => 1 2 3 4 5 6 7 8 9 10 11 12);
+            rows!(1, [w.cast()], values.add(panel * LANES) => 1 2 3 4 5 6 7 8 9 10 11 12);
             panel += 1;
         }
     }

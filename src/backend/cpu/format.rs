@@ -118,6 +118,16 @@ pub(super) unsafe trait Format {
     unsafe fn unit<S: Simd>(block: *const u8, unit: usize) -> [S::V; UNIT];
 }
 
+/// How a kernel reads a plain format, one input at a time.
+///
+/// # Safety
+/// As [`Format`].
+pub(super) unsafe trait Plain: Format {
+    const INPUT_BYTES: usize;
+    /// The sixteen weights of one input.
+    unsafe fn input<S: Simd>(p: *const u8) -> S::V;
+}
+
 /// How a kernel reads a block format as codes.
 ///
 /// # Safety
@@ -203,14 +213,21 @@ macro_rules! plain_format {
             const BLOCK_BYTES: usize = block_bytes(Dtype::$dtype);
             #[inline(always)]
             unsafe fn unit<S: Simd>(block: *const u8, _unit: usize) -> [S::V; UNIT] {
-                let p = block.cast::<$element>();
                 unsafe {
                     let mut out = [S::splat(0.0); UNIT];
                     for (i, out) in out.iter_mut().enumerate() {
-                        *out = S::$load(p.add(i * LANES));
+                        *out = Self::input::<S>(block.add(i * Self::INPUT_BYTES));
                     }
                     out
                 }
+            }
+        }
+        // SAFETY: reads the 16 elements of an input.
+        unsafe impl Plain for $name {
+            const INPUT_BYTES: usize = LANES * size_of::<$element>();
+            #[inline(always)]
+            unsafe fn input<S: Simd>(p: *const u8) -> S::V {
+                unsafe { S::$load(p.cast::<$element>()) }
             }
         }
     };

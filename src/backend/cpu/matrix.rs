@@ -27,6 +27,9 @@ macro_rules! with_format {
             Q8_0 Q8, Q4_0 Q4Symmetric, Q4_1 Q4Minimum,
             Q5_0 Q5Symmetric, Q5_1 Q5Minimum, Q4K Q4K, Q5K Q5K, Q6K Q6K; _ => $other)
     };
+    (plain $dtype:expr, $format:ident => $body:expr, else $other:expr) => {
+        with_format!(@arms $dtype, $format => $body; F32 F32, F16 F16, BF16 BF16; _ => $other)
+    };
     (@arms $dtype:expr, $format:ident => $body:expr;
             $($variant:ident $name:ident),* $(; _ => $other:expr)?) => {
         match $dtype {

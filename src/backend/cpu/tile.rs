@@ -3,18 +3,20 @@
 //! `R` rows by `P` vectors of sums stay in registers while the inputs go by; each input costs `P`
 //! loads, `R` broadcasts and `R · P` multiply-adds.
 
+use super::format::Plain;
 use super::simd::{Kernel, LANES, Simd};
+use std::marker::PhantomData;
 
 /// Products of an interleaved tile `[inputs][rows]` with two panels: `c[row][2][16]`, rows `c_stride`
-/// apart.
+/// apart. What lies `AHEAD` bytes further on in the panels is asked for on the way.
 ///
 /// # Safety
 /// As [`RegisterTile`].
 #[inline(always)]
-pub(super) unsafe fn interleaved_tile<S: Simd>(
+pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const AHEAD: usize>(
     rows: usize,
     x: *const f32,
-    w: [*const f32; 2],
+    w: [*const u8; 2],
     inputs: usize,
     c: *mut f32,
     c_stride: usize,
@@ -24,11 +26,15 @@ pub(super) unsafe fn interleaved_tile<S: Simd>(
         ($($rows:literal)*) => {
             match rows {
                 $($rows if const { $rows <= S::TILE_ROWS && S::TILE_PANELS == 2 } => {
-                    S::call(RegisterTile::<$rows, 2, 1, $rows> { x, w, inputs, c, c_stride, first })
+                    S::call(RegisterTile::<F, AHEAD, $rows, 2, 1, $rows> {
+                        x, w, inputs, c, c_stride, first, format: PhantomData,
+                    })
                 })*
                 $($rows if const { $rows <= S::TILE_ROWS } => for p in 0..2 {
                     let c = c.add(p * LANES);
-                    S::call(RegisterTile::<$rows, 1, 1, $rows> { x, w: [w[p]], inputs, c, c_stride, first });
+                    S::call(RegisterTile::<F, AHEAD, $rows, 1, 1, $rows> {
+                        x, w: [w[p]], inputs, c, c_stride, first, format: PhantomData,
+                    });
                 })*
                 _ => unreachable!("tiles are at most as tall as the register tile"),
             }
@@ -41,18 +47,27 @@ pub(super) unsafe fn interleaved_tile<S: Simd>(
 /// where `first`.
 ///
 /// # Safety
-/// As [`Simd`]; `x`, `w[p]` (`[inputs][16]`) and `c` (`R` rows, `c_stride` apart) must cover that.
-pub struct RegisterTile<const R: usize, const P: usize, const XR: usize, const XK: usize> {
+/// As [`Simd`]; `x`, `w[p]` (`[inputs][16]`, of format `F`) and `c` (`R` rows, `c_stride` apart) must
+/// cover that.
+pub(super) struct RegisterTile<
+    F,
+    const AHEAD: usize,
+    const R: usize,
+    const P: usize,
+    const XR: usize,
+    const XK: usize,
+> {
     pub x: *const f32,
-    pub w: [*const f32; P],
+    pub w: [*const u8; P],
     pub inputs: usize,
     pub c: *mut f32,
     pub c_stride: usize,
     pub first: bool,
+    pub format: PhantomData<F>,
 }
 
-impl<const R: usize, const P: usize, const XR: usize, const XK: usize> Kernel
-    for RegisterTile<R, P, XR, XK>
+impl<F: Plain, const AHEAD: usize, const R: usize, const P: usize, const XR: usize, const XK: usize>
+    Kernel for RegisterTile<F, AHEAD, R, P, XR, XK>
 {
     type Output = ();
     // Indices name rows and panels of four arrays at once.
@@ -66,6 +81,7 @@ impl<const R: usize, const P: usize, const XR: usize, const XK: usize> Kernel
             c,
             c_stride,
             first,
+            format: _,
         } = self;
         unsafe {
             let mut acc = [[S::splat(0.0); P]; R];
@@ -79,7 +95,11 @@ impl<const R: usize, const P: usize, const XR: usize, const XK: usize> Kernel
             for k in 0..inputs {
                 let mut weights = [S::splat(0.0); P];
                 for p in 0..P {
-                    weights[p] = S::load(w[p].add(k * LANES));
+                    let input = w[p].add(k * F::INPUT_BYTES);
+                    if AHEAD > 0 {
+                        S::prefetch(input.wrapping_add(AHEAD));
+                    }
+                    weights[p] = F::input::<S>(input);
                 }
                 for r in 0..R {
                     let x = S::splat(*x.add(r * XR + k * XK));
