@@ -378,7 +378,7 @@ def insert(document, parts):
         begin, end = f"<!-- figures: {name} -->", "<!-- end -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         if not pattern.search(text):
-            print(f"{document} has no place for {name}", file=sys.stderr)
+            print(f"{document} has no place for {name}:\n\n{part}\n")
         text = pattern.sub(lambda _: f"{begin}\n\n{part}\n\n{end}", text)
     document.write_text(text)
 
@@ -390,7 +390,7 @@ def main():
     parser.add_argument("--podium", default=ROOT / "target/release/podium")
     parser.add_argument("--document", type=Path, default=ROOT / "docs/RANKER.md")
     parser.add_argument("--tasks", nargs="+", default=["gcd", "family_relationships", "letter_counting", "count_primes"])
-    parser.add_argument("--parts", nargs="+", help="only these tables")
+    parser.add_argument("--parts", nargs="+", help="only these tables [default: those that the document has]")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     work, tasks = Work(options), options.tasks
@@ -409,7 +409,8 @@ def main():
         "personal": lambda: personal_table(work, chosen),
         "torch": lambda: torch_table(work, chosen, tasks[:1]),
     }
-    parts = {name: make() for name, make in makers.items() if options.parts is None or name in options.parts}
+    wanted = options.parts or re.findall("<!-- figures: (.*) -->", options.document.read_text())
+    parts = {name: make() for name, make in makers.items() if name in wanted}
     insert(options.document, parts)
 
 

@@ -56,7 +56,12 @@ pub struct ServeOptions {
     served_model_name: Option<String>,
 
     /// Candidates of a request that does not say how many [default: 1]
-    #[arg(long, value_name = "N", env = "PODIUM_BEST_OF")]
+    #[arg(
+        long,
+        value_name = "N",
+        env = "PODIUM_BEST_OF",
+        allow_negative_numbers = true
+    )]
     best_of: Option<usize>,
 
     /// Ranker, by a name for requests (as often as wanted); the first one given chooses where a
@@ -69,51 +74,111 @@ pub struct ServeOptions {
     select: Option<Strategy>,
 
     /// Most candidates of a request [default: 1024]
-    #[arg(long, value_name = "N", env = "PODIUM_MAX_CANDIDATES")]
+    #[arg(
+        long,
+        value_name = "N",
+        env = "PODIUM_MAX_CANDIDATES",
+        allow_negative_numbers = true
+    )]
     max_candidates: Option<usize>,
 
     /// Longest answer that may be asked for, in tokens [default: the model's context]
-    #[arg(long, value_name = "TOKENS", env = "PODIUM_MAX_TOKENS")]
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        env = "PODIUM_MAX_TOKENS",
+        allow_negative_numbers = true
+    )]
     max_tokens: Option<usize>,
 
     /// Longest answer of a chat that does not say, in tokens [default: 1024]
-    #[arg(long, value_name = "TOKENS", env = "PODIUM_DEFAULT_MAX_TOKENS")]
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        env = "PODIUM_DEFAULT_MAX_TOKENS",
+        allow_negative_numbers = true
+    )]
     default_max_tokens: Option<usize>,
 
     /// Memory for keys and values, in MiB [default: 4096]
-    #[arg(long, value_name = "MIB", env = "PODIUM_KV_MEMORY")]
+    #[arg(
+        long,
+        value_name = "MIB",
+        env = "PODIUM_KV_MEMORY",
+        allow_negative_numbers = true
+    )]
     kv_memory: Option<usize>,
 
     /// Candidates that are decoded together [default: 256]
-    #[arg(long, value_name = "N", env = "PODIUM_MAX_BATCH")]
+    #[arg(
+        long,
+        value_name = "N",
+        env = "PODIUM_MAX_BATCH",
+        allow_negative_numbers = true
+    )]
     max_batch: Option<usize>,
 
     /// Largest body of a request, in KiB [default: 2048]
-    #[arg(long, value_name = "KIB", env = "PODIUM_MAX_BODY")]
+    #[arg(
+        long,
+        value_name = "KIB",
+        env = "PODIUM_MAX_BODY",
+        allow_negative_numbers = true
+    )]
     max_body: Option<usize>,
 
     /// Largest head of a request, in KiB [default: 16]
-    #[arg(long, value_name = "KIB", env = "PODIUM_MAX_HEADER")]
+    #[arg(
+        long,
+        value_name = "KIB",
+        env = "PODIUM_MAX_HEADER",
+        allow_negative_numbers = true
+    )]
     max_header: Option<usize>,
 
     /// Most connections [default: 1024]
-    #[arg(long, value_name = "N", env = "PODIUM_MAX_CONNECTIONS")]
+    #[arg(
+        long,
+        value_name = "N",
+        env = "PODIUM_MAX_CONNECTIONS",
+        allow_negative_numbers = true
+    )]
     max_connections: Option<usize>,
 
     /// Most prompts that are answered or wait; further ones get 429 [default: 256]
-    #[arg(long, value_name = "N", env = "PODIUM_MAX_QUEUE")]
+    #[arg(
+        long,
+        value_name = "N",
+        env = "PODIUM_MAX_QUEUE",
+        allow_negative_numbers = true
+    )]
     max_queue: Option<usize>,
 
     /// Seconds for a request's head, and for an idle connection [default: 15]
-    #[arg(long, value_name = "SECONDS", env = "PODIUM_HEADER_TIMEOUT")]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "PODIUM_HEADER_TIMEOUT",
+        allow_negative_numbers = true
+    )]
     header_timeout: Option<f64>,
 
     /// Seconds for a request's body [default: 30]
-    #[arg(long, value_name = "SECONDS", env = "PODIUM_BODY_TIMEOUT")]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "PODIUM_BODY_TIMEOUT",
+        allow_negative_numbers = true
+    )]
     body_timeout: Option<f64>,
 
     /// Seconds that requests may go on for after the signal to stop [default: 30]
-    #[arg(long, value_name = "SECONDS", env = "PODIUM_DRAIN_TIMEOUT")]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "PODIUM_DRAIN_TIMEOUT",
+        allow_negative_numbers = true
+    )]
     drain_timeout: Option<f64>,
 
     /// Origin that pages in browsers may call from; * for all (as often as wanted) [default: none]

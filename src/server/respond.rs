@@ -25,6 +25,8 @@ use crate::engine::{Candidate, Completion, EngineError, Generated, Scored};
 
 /// Events that wait for a slow client before its candidates' progress waits too.
 const STREAM_BUFFER: usize = 64;
+/// A client that takes nothing for so long counts as gone.
+const SLOW_READER: Duration = Duration::from_secs(30);
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// A prompt as it came and as the engine takes it.
@@ -313,7 +315,8 @@ async fn send_named(out: &Out, name: Option<&str>, value: Value) -> Result<(), G
         Some(name) => event.event(name),
         None => event,
     };
-    out.send(Ok(event)).await.map_err(|_| Gone)
+    let sent = out.send_timeout(Ok(event), SLOW_READER).await;
+    sent.map_err(|_| Gone)
 }
 
 fn stream(frame: Frame, waiting: Vec<(PromptInput, Answers)>, place: Place) -> Response {

@@ -1,7 +1,7 @@
 """Runs Podium and its peers in turn, and writes the table and the plot of docs/BENCHMARKS.md.
 
-Engines alternate within a round; a ratio is taken within a round, against the best of the peers that
-compute in the same class of weights. A round in which the machine's own limits moved by more than a
+Engines alternate within a round; a ratio is taken within a round, against the best that a peer does in
+the same class of weights. A round in which the machine's own limits moved by more than a
 fifth against the round before is run again, three times at most.
 """
 
@@ -96,9 +96,10 @@ def speed_of(speeds: dict, what) -> float | None:
     return speeds["prefill"] if what == "prefill" else speeds["decode"].get(what)
 
 
-def best(one_round: dict, ours: bool, what) -> float:
-    found = [speed_of(speeds, what) for name, speeds in one_round.items() if name.startswith("podium") == ours]
-    return max(speed for speed in found if speed)
+def best(one_round: dict, engine: str, what) -> float | None:
+    """The highest speed of an engine's forms and programs; none where it was left out."""
+    found = [speed_of(speeds, what) for name, speeds in one_round.items() if name.startswith(engine)]
+    return max((speed for speed in found if speed), default=None)
 
 
 def spread(values: list, digits: int) -> str:
@@ -120,8 +121,10 @@ def table(rounds: list, n: list, prompt: int) -> list:
             found = [speed for one in rounds if (speed := speed_of(one[name], what))]
             cells.append(f"{statistics.median(found):.0f}" if found else "")
         row(name, cells)
-    ratios = [[best(one, True, what) / best(one, False, what) for one in rounds] for what in columns]
-    row("**Podium ÷ the best peer** (least / median / most)", [spread(values, 2) for values in ratios])
+    for peer, title in [("llama", "llama.cpp"), ("transformers", "transformers")]:
+        if best(rounds[0], peer, "prefill"):
+            ratios = [[best(one, "podium", what) / best(one, peer, what) for one in rounds] for what in columns]
+            row(f"**Podium ÷ {title}** (least / median / most)", [spread(values, 2) for values in ratios])
 
     def share(one: dict, what) -> float:
         shares = []
