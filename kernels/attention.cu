@@ -19,7 +19,7 @@ constexpr unsigned WARPS = 4;
 constexpr unsigned MAX_HEAD_DIM = 512;
 constexpr unsigned PER_LANE = MAX_HEAD_DIM / WARP_SIZE;
 
-extern "C" __global__ void __launch_bounds__(WARPS* WARP_SIZE)
+extern "C" __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
     attention(Global<const float> qkv, Global<const Global<bf16>> pages, Global<const uint4> spans, float scale,
               float cap, unsigned window, unsigned heads, unsigned kv_heads, unsigned head_dim, unsigned head_stride,
               unsigned long long layer_offset, Global<float> out) {
