@@ -214,9 +214,12 @@ impl Backend for Cpu {
                 kv.reserve(page)?;
             }
             for segment in &group.segments {
+                // Pages for later tokens too: attention asks for the next one while it reads one.
+                for &page in &segment.pages {
+                    kv.reserve(page)?;
+                }
                 for own in segment.start..segment.start + segment.rows {
                     let page = segment.pages[own / PAGE_LEN];
-                    kv.reserve(page)?;
                     places.push((page, own % PAGE_LEN));
                     positions.push((group.prefix_len + own) as u32);
                 }
