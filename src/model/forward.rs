@@ -278,6 +278,15 @@ impl<B: Backend> Model<B> {
             .sum()
     }
 
+    /// Bytes of all matrices, that of the embedding included where it is not the LM head's too.
+    pub fn loaded_bytes(&self) -> usize {
+        let embedding = match self.lm_head {
+            Some(_) => self.backend.matrix_bytes(&self.embedding),
+            None => 0,
+        };
+        self.weight_bytes() + embedding
+    }
+
     /// Multiply-adds of a token's matmuls, the LM head included.
     pub fn multiply_adds(&self) -> usize {
         let c = &self.config;
@@ -349,6 +358,9 @@ impl<'a, B: Backend> Loader<'a, B> {
                 let (gate, gate_bytes) = self.weight(&feed_forward("gate_proj.weight"))?;
                 let (up, up_bytes) = self.weight(&feed_forward("up_proj.weight"))?;
                 let matrix = self.backend.gated_matrix(&gate, &up)?;
+                for part in ["gate_proj.weight", "up_proj.weight"] {
+                    self.files.forget(&feed_forward(part));
+                }
                 (self.progress)(gate_bytes + up_bytes);
                 matrix
             },
@@ -386,6 +398,9 @@ impl<'a, B: Backend> Loader<'a, B> {
             bytes += stored;
         }
         let matrix = self.backend.matrix(&parts)?;
+        for name in names {
+            self.files.forget(name.as_ref());
+        }
         (self.progress)(bytes);
         Ok(matrix)
     }

@@ -10,7 +10,7 @@
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
-use super::format::{F32, Format, UNIT, block_bytes, block_inputs};
+use super::format::{F32, Format, Plain, UNIT, block_bytes, block_inputs};
 use super::inputs::{Form, Inputs};
 use super::integer;
 use super::matrix::{Matrix, Panel, widen, with_format};
@@ -25,11 +25,19 @@ use std::mem::MaybeUninit;
 
 /// Inputs widened at a time: 2 panels × 128 × 16 float32 = 16 KiB, half of a first-level cache.
 pub(super) const RUN: usize = 128;
+/// Room for a run of a panel in either form.
+const WIDE_RUN: usize = if RUN * LANES > integer::WIDE_RUN {
+    RUN * LANES
+} else {
+    integer::WIDE_RUN
+};
 /// Rows whose sums are kept beside them: 192 × 32 float32 = 24 KiB.
 pub(super) const ROW_BLOCK: usize = 192;
 /// Bytes ahead in a panel that are asked for while it is multiplied in registers. (A quarter of it
 /// comes too late, which costs a third of the speed at eight rows of 16-bit weights.)
 const AHEAD: usize = 8192;
+/// Most tiles for which plain weights are widened in registers.
+const DIRECT_TILES: usize = 4;
 /// Panels that the one-row kernel reads side by side, to have enough independent sums in flight.
 const GEMV_PANELS: usize = 4;
 
@@ -99,7 +107,7 @@ impl Kernel for Task<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         unsafe {
-            if self.inputs.rows() == 1 {
+            if self.inputs.rows() == 1 && !self.weight.is_plain() {
                 self.one_row::<S>();
             } else {
                 for (i, &pair) in self.pairs.iter().enumerate() {
@@ -168,7 +176,7 @@ impl Task<'_> {
         pair: (Panel, Option<Panel>),
         next_pair: Option<(Panel, Option<Panel>)>,
     ) {
-        let mut wide = MaybeUninit::<[f32; 2 * RUN * LANES]>::uninit();
+        let mut wide = MaybeUninit::<[f32; 2 * WIDE_RUN]>::uninit();
         let mut sums = MaybeUninit::<[f32; ROW_BLOCK * 2 * LANES]>::uninit();
         let wide: *mut f32 = wide.as_mut_ptr().cast();
         let sums: *mut f32 = sums.as_mut_ptr().cast();
@@ -184,22 +192,19 @@ impl Task<'_> {
         };
         let padded = self.inputs.in_features().next_multiple_of(UNIT);
         let mut tiles = self.inputs.tiles();
-        // With a single tile nobody else would read what is widened: in registers, then.
-        if let ([tile], Form::Float) = (tiles, form)
-            && panels[0].0 == panels[1].0
-        {
-            let (x, w) = (self.inputs.tile(*tile, 0), panels.map(|(_, panel)| panel));
-            // SAFETY: `sums` has room for a tile, and the panels have the inputs, in whole units.
+        // For few tiles, plain weights are widened in registers, once for each: cheaper than through
+        // the cache, and memory is asked for as the panels go by.
+        if form == Form::Float && tiles.len() <= DIRECT_TILES && panels[0].0 == panels[1].0 {
+            let w = panels.map(|(_, panel)| panel);
+            // SAFETY: `sums` has room for as many tiles, and the panels have the inputs, in whole
+            // units.
             let done = unsafe {
                 with_format!(plain panels[0].0,
-                    F => {
-                        interleaved_tile::<S, F, AHEAD>(tile.rows, x, w, padded, sums, 2 * LANES, true);
-                        true
-                    },
+                    F => { self.direct::<S, F>(w, padded, sums); true },
                     else false)
             };
             if done {
-                for row in 0..tile.rows {
+                for row in 0..self.inputs.rows() {
                     // SAFETY: written above.
                     unsafe { self.finish::<S>(pair, row, sums.add(row * 2 * LANES)) };
                 }
@@ -208,7 +213,11 @@ impl Task<'_> {
         }
         while !tiles.is_empty() {
             // A block of rows is whole tiles; the tiles are at most as tall as the register tile.
-            let block = tiles.len().min(ROW_BLOCK / S::TILE_ROWS);
+            let tallest = match form {
+                Form::Float => S::TILE_ROWS,
+                Form::Quantised => S::PRODUCT_ROWS,
+            };
+            let block = tiles.len().min(ROW_BLOCK / tallest);
             let (now, rest) = tiles.split_at(block);
             let base = now[0].first_row;
             for run in (0..padded).step_by(longest) {
@@ -271,6 +280,30 @@ impl Task<'_> {
                 }
             }
             tiles = rest;
+        }
+    }
+
+    /// The sums of every row with two plain panels, read where they lie: a run of them from memory for
+    /// the first tile, from the first-level cache for the others.
+    #[inline(always)]
+    unsafe fn direct<S: Simd, F: Plain>(&self, w: [*const u8; 2], inputs: usize, sums: *mut f32) {
+        let tiles = self.inputs.tiles();
+        let longest = if tiles.len() == 1 { inputs } else { RUN };
+        for run in (0..inputs).step_by(longest) {
+            let count = longest.min(inputs - run);
+            let w = w.map(|w| w.wrapping_add(run * F::INPUT_BYTES));
+            for (i, tile) in tiles.iter().enumerate() {
+                let x = self.inputs.tile(*tile, run);
+                let c = sums.wrapping_add(tile.first_row * 2 * LANES);
+                let (rows, stride, first) = (tile.rows, 2 * LANES, run == 0);
+                // SAFETY: passed on.
+                unsafe {
+                    match i {
+                        0 => interleaved_tile::<S, F, AHEAD>(rows, x, w, count, c, stride, first),
+                        _ => interleaved_tile::<S, F, 0>(rows, x, w, count, c, stride, first),
+                    }
+                }
+            }
         }
     }
 

@@ -138,6 +138,12 @@ impl Matrix {
             .all(|part| CodeLayout::of(part.dtype).is_some())
     }
 
+    /// Whether all weights are numbers of one format.
+    pub(super) fn is_plain(&self) -> bool {
+        let dtype = self.parts[0].dtype;
+        CodeLayout::of(dtype).is_none() && self.parts.iter().all(|part| part.dtype == dtype)
+    }
+
     pub(super) fn pairs(&self) -> &[(Panel, Option<Panel>)] {
         &self.pairs
     }
