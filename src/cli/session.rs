@@ -32,7 +32,8 @@ use crate::server::worker::EngineHandle;
 use crate::tasks::candidates::{Candidates, Item, Prompt};
 use crate::tasks::feature_file::FeatureSource;
 
-/// Instruction set to run with instead of the best one, for tests: `avx512`, `avx2` or `portable`.
+/// Instruction set to run with instead of the best one: `avx512`, `avx-vnni`, `avx2`, `neon-i8mm`,
+/// `neon` or `portable`.
 const ISA_VARIABLE: &str = "PODIUM_ISA";
 /// Temperature where neither the command nor the model's files name one.
 const DEFAULT_TEMPERATURE: f32 = 0.7;

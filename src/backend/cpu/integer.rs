@@ -1,19 +1,20 @@
-//! Products of quantised weights, four bytes a lane at a time.
+//! Products of quantised weights in whole numbers.
 //!
 //! Of each span of 32 inputs a row's numbers become whole numbers with a scale, `x ≈ scale · z`, z in
-//! -32512..=32512, each as two signed bytes, `z = 256 · high + low`. Then
+//! -32512..=32512. Then
 //!
 //! ```text
 //! y = Σ over spans:  weight_scale · scale · Σ (code - middle) · z  +  minimum · scale · Σ z
 //! ```
 //!
-//! with sums over the span of code · z as `256 · Σ code · high + Σ code · low`: twice as many byte
-//! products as with eight bits, still fewer instructions than float32 takes. Eight bits are not
-//! enough: a few coordinates of the residual stream are a hundred times the rest, and a span's
+//! Where the processor has byte products ([`Products::Bytes`]), z is two signed bytes, `z = 256 · high
+//! + low`, and the sum over the span of code · z is `256 · Σ code · high + Σ code · low`: twice as many
+//! products as with eight bits, still fewer instructions than float32 takes. Elsewhere codes and z are
+//! multiplied as sixteen bits ([`Products::Halves`]), two inputs a lane. Eight bits are not enough: a few coordinates of the residual stream are a hundred times the rest, and a span's
 //! greatest number sets its step. (Features after 18 layers of SmolLM2 from eight bits cost its `gcd`
 //! ranker a third of its accuracy; from sixteen, nothing.)
 //!
-//! The sums of bytes are whole numbers, the same in any order. What is float32 is one chain along the
+//! The sums are whole numbers, the same in any order and either way. What is float32 is one chain along the
 //! spans, the same for one row and for many, so here too a row's result does not depend on its batch.
 
 use super::format::{CodeLayout, Codes, QUADS, SPAN, UNIT};
@@ -24,7 +25,8 @@ use crate::model::tensor::Dtype;
 use std::hint::black_box;
 use std::marker::PhantomData;
 
-/// Words that a quantised span of a row takes: eight quads of high bytes, eight of low ones, and
+/// Words that a quantised span of a row takes: eight quads of high bytes and eight of low ones, or
+/// sixteen pairs of halves (see [`halves`]), and
 pub const SPAN_WORDS: usize = 2 * QUADS + 4;
 /// the scale (f32),
 const SCALE: usize = 2 * QUADS;
@@ -35,7 +37,7 @@ const HALF_SUMS: usize = 2 * QUADS + 2;
 /// The greatest z: its high byte is 127.
 const GREATEST: f32 = 127.0 * 256.0;
 
-/// Inputs unpacked at a time: 2 panels × 8 spans × 704 bytes = 11 KiB.
+/// Inputs unpacked at a time: 2 panels × 8 spans × 704 bytes = 11 KiB, or × 1216 bytes = 19 KiB.
 pub(super) const RUN: usize = 256;
 /// Vectors of codes in an unpacked span of a panel: as bytes, or twice as many as halves of a lane.
 const fn wide_codes<S: Simd>() -> usize {
@@ -274,7 +276,7 @@ pub(super) unsafe fn gemv<S: Simd>(
     unsafe {
         with_format!(codes dtype,
             F => S::call(Gemv::<F> { panel, x, width, sums, format: PhantomData }),
-            else unreachable!("only codes are multiplied as bytes"))
+            else unreachable!("only codes are multiplied as whole numbers"))
     }
 }
 
@@ -343,7 +345,7 @@ pub(super) unsafe fn unpack<S: Simd>(
     unsafe {
         with_format!(codes dtype,
             F => S::call(Unpack::<F> { panel, first, count, out, format: PhantomData }),
-            else unreachable!("only codes are multiplied as bytes"))
+            else unreachable!("only codes are multiplied as whole numbers"))
     }
 }
 
@@ -368,7 +370,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
         ($scales:literal, $minimum:literal, $panels:literal, $c:expr, $w:expr, $layout:expr; $($rows:literal)*) => {
             match rows {
                 $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(
-                    ByteTile::<$rows, $panels, $scales, $minimum> {
+                    CodeTile::<$rows, $panels, $scales, $minimum> {
                         x, w: $w, spans, layout: $layout, c: $c, first,
                     },
                 ),)*
@@ -386,7 +388,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
                     rows!(1, true, $panels, $c, $w, layout; 1 2 3 4 5 6)
                 }
                 Some(layout) => rows!(1, false, $panels, $c, $w, layout; 1 2 3 4 5 6),
-                None => unreachable!("only codes are multiplied as bytes"),
+                None => unreachable!("only codes are multiplied as whole numbers"),
             }
         };
     }
@@ -400,8 +402,8 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     }
 }
 
-/// The register tile of byte products: `R` rows by `P` panels.
-struct ByteTile<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> {
+/// The register tile of integer products: `R` rows by `P` panels.
+struct CodeTile<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> {
     x: *const u32,
     w: [*const u32; P],
     spans: usize,
@@ -411,7 +413,7 @@ struct ByteTile<const R: usize, const P: usize, const SCALES: usize, const MINIM
 }
 
 impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> Kernel
-    for ByteTile<R, P, SCALES, MINIMUM>
+    for CodeTile<R, P, SCALES, MINIMUM>
 {
     type Output = ();
     // Indices name rows and panels of several arrays at once.

@@ -1,11 +1,11 @@
 //! `Y = X · Wᵀ`, from one row to a whole prompt.
 //!
 //! X is interleaved into tiles of as many rows as the register tile has, its norm applied on the way
-//! ([`Inputs`]). A task is a pair of weight panels (32 outputs). For one row the weights are widened
-//! in registers and multiplied at once. For more, a run of [`RUN`] inputs of the panels is widened
-//! into the first-level cache once and multiplied with every tile. Both add along `in_features` one
-//! input at a time, so a row's result has the same bits whichever rows are beside it, however many
-//! threads there are.
+//! ([`Inputs`]). A task is a pair of weight panels (32 outputs). For few tiles, plain weights are
+//! widened in registers and multiplied at once. Else a run of inputs of the panels is widened into the
+//! first-level cache once and multiplied with every tile. All add along `in_features` one input at a
+//! time, so a row's result has the same bits whichever rows are beside it, however many threads there
+//! are.
 //!
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
@@ -36,7 +36,8 @@ pub(super) const ROW_BLOCK: usize = 192;
 /// Bytes ahead in a panel that are asked for while it is multiplied in registers. (A quarter of it
 /// comes too late, which costs a third of the speed at eight rows of 16-bit weights.)
 const AHEAD: usize = 8192;
-/// Most tiles for which plain weights are widened in registers.
+/// Most tiles for which plain weights are widened in registers, a tile at a time: with more, once into
+/// the cache for all is as fast.
 const DIRECT_TILES: usize = 4;
 /// Panels that the one-row kernel reads side by side, to have enough independent sums in flight.
 const GEMV_PANELS: usize = 4;

@@ -78,8 +78,8 @@ impl Cpu {
     }
 
     /// Computes every product from the weights as dequantised and activations in float32. Without it,
-    /// products of quantised weights take activations rounded to sixteen bits, where the processor has
-    /// byte products (`integer.rs`).
+    /// products of quantised weights take activations rounded to sixteen bits, where the processor
+    /// multiplies integers fast (`integer.rs`).
     pub fn exact(self) -> Cpu {
         Cpu {
             exact: true,
