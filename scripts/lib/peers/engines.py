@@ -47,6 +47,27 @@ def podium(binary: Path, model: Path, work: Work, isa: str | None) -> dict:
     }
 
 
+def first_token(binary: Path, model: Path, threads: int, isa: str | None, cold: bool) -> dict:
+    """Seconds from the start of a process to the end of one that has written its first token, and its
+    peak of resident memory; with the model's file out of the page cache where `cold`."""
+    if cold:
+        with open(model, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = [binary, "generate", "--raw", "--n", "1", "--select", "first", "--max-tokens", "1"]
+    command += ["--model", model, "--threads", threads, "Once upon a time"]
+    started = time.perf_counter()
+    child = subprocess.Popen(
+        [str(part) for part in command],
+        env=os.environ | {"PODIUM_ISA": isa or ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(child.pid, 0)
+    if status != 0:
+        raise RuntimeError(f"{command} ended with {status}")
+    return {"seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss << 10}
+
+
 def floor(row: dict, limits: dict) -> float:
     """Tokens per second that the machine's limits allow: bytes at the read bandwidth or multiply-adds
     at the float32 peak, whichever takes longer."""

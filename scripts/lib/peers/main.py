@@ -152,6 +152,38 @@ def measure(options: argparse.Namespace, results: Results, key: dict, forms: lis
         say(f"  round {len(rounds)} of {options.rounds}, {time.monotonic() - started:.0f} s: {summary(rounds)}")
 
 
+# Starts of a process that are timed, the model's file in the page cache and out of it.
+STARTS = 5
+
+
+def measure_starts(options: argparse.Namespace, results: Results, key: dict) -> None:
+    """How soon a process with SmolLM2 writes its first token."""
+    isa = key["isa"] if key["isa"] != "native" else None
+    starts = {}
+    for name in ["warm", "cold"]:
+        one = [
+            engines.first_token(options.podium, options.smollm2, options.threads, isa, name == "cold")
+            for _ in range(STARTS + 1)
+        ]
+        # The first brings the program itself into memory.
+        starts[name] = one[1:]
+    rounds = results.of(key)
+    rounds[:] = [starts]
+    results.save()
+    say(f"  {starts_line(starts)}")
+
+
+def starts_line(starts: dict) -> str:
+    def span(name: str) -> str:
+        seconds = sorted(one["seconds"] for one in starts[name])
+        return f"{seconds[0]:.2f} / **{statistics.median(seconds):.2f}** / {seconds[-1]:.2f} s"
+
+    return (
+        f"SmolLM2 writes its first token, and its process ends, {span('warm')} after it was started "
+        f"(least / median / most of {STARTS}), {span('cold')} where the model's file is not in the page cache."
+    )
+
+
 def speed_of(speeds: dict, what) -> float | None:
     return speeds["prefill"] if what == "prefill" else speeds["decode"].get(what)
 
@@ -317,7 +349,9 @@ def write_docs(docs: Path, results: Results) -> None:
     lines = []
     order = {(model, weights): place for place, (model, weights, _) in enumerate(CLASSES)}
     for isa, title in SECTIONS.items():
-        measured = [one for one in results.all if one["key"]["isa"] == isa and one["rounds"]]
+        found = [one for one in results.all if one["key"]["isa"] == isa and one["rounds"]]
+        measured = [one for one in found if one["key"]["weights"]]
+        starts = [one["rounds"][0] for one in found if not one["key"]["weights"]]
         measured.sort(key=lambda one: (order[one["key"]["model"], one["key"]["weights"]], one["key"]["prompt"]))
         if not measured:
             continue
@@ -325,7 +359,7 @@ def write_docs(docs: Path, results: Results) -> None:
         rounds = "-".join(map(str, sorted({min(counts), max(counts)})))
         about = f"{key['threads']} threads of {key['processor']}, {rounds} rounds; medians, of ratios least / **median** / most."
         lines += ["", title, "", about, "", *table(measured), "", limits_line(measured)]
-        lines += ["", *memory_lines(measured)]
+        lines += ["", *memory_lines(measured), *(line for one in starts for line in ["", starts_line(one)])]
         figure = docs / "figures" / f"peers-{isa}.svg"
         plot(figure, [one for one in measured if one["key"]["prompt"] == measured[0]["key"]["prompt"]])
         lines += ["", f"![tokens per second over N, Podium and its peers](figures/{figure.name})"]
@@ -354,6 +388,8 @@ def main() -> None:
             key = dict(isa=options.isa, model=model, weights=weights, prompt=prompt)
             key |= dict(threads=options.threads, processor=processor())
             measure(options, results, key, forms, until)
+        if model == "smollm2" and time.monotonic() < until:
+            measure_starts(options, results, key | dict(weights=None, prompt=4))
     write_docs(options.docs, results)
     say(f"written: {options.docs / 'BENCHMARKS.md'}; every round: {options.results}")
 

@@ -39,6 +39,8 @@ const AHEAD: usize = 8192;
 /// Most tiles for which plain weights are widened in registers, a tile at a time: with more, once into
 /// the cache for all is as fast.
 const DIRECT_TILES: usize = 4;
+/// Runs between what is multiplied and what is asked for meanwhile.
+const RUNS_AHEAD: usize = 2;
 /// Panels that the one-row kernel reads side by side, to have enough independent sums in flight.
 const GEMV_PANELS: usize = 4;
 
@@ -196,12 +198,11 @@ impl Task<'_> {
         // For few tiles, plain weights are widened in registers, once for each: cheaper than through
         // the cache, and memory is asked for as the panels go by.
         if form == Form::Float && tiles.len() <= DIRECT_TILES && panels[0].0 == panels[1].0 {
-            let w = panels.map(|(_, panel)| panel);
             // SAFETY: `sums` has room for as many tiles, and the panels have the inputs, in whole
             // units.
             let done = unsafe {
                 with_format!(plain panels[0].0,
-                    F => { self.direct::<S, F>(w, padded, sums); true },
+                    F => { self.direct::<S, F>(panels, next_panels, padded, sums); true },
                     else false)
             };
             if done {
@@ -223,11 +224,7 @@ impl Task<'_> {
             let base = now[0].first_row;
             for run in (0..padded).step_by(longest) {
                 let inputs = longest.min(padded - run);
-                let next = match next_panels {
-                    _ if run + longest < padded => Some((panels, run + longest)),
-                    Some(panels) => Some((panels, 0)),
-                    None => None,
-                };
+                let next = place_ahead(panels, next_panels, run + RUNS_AHEAD * longest, padded);
                 // SAFETY: `wide` has room for two runs, `sums` for two vectors of each row of the
                 // block, and each is written before it is read: sums where `run` is 0.
                 unsafe {
@@ -284,25 +281,43 @@ impl Task<'_> {
         }
     }
 
-    /// The sums of every row with two plain panels, read where they lie: a run of them from memory for
-    /// the first tile, from the first-level cache for the others.
+    /// The sums of every row with two plain panels, read where they lie: by the first tile from memory
+    /// or the second-level cache, by the others from the first.
     #[inline(always)]
-    unsafe fn direct<S: Simd, F: Plain>(&self, w: [*const u8; 2], inputs: usize, sums: *mut f32) {
+    unsafe fn direct<S: Simd, F: Plain>(
+        &self,
+        panels: [(Dtype, *const u8); 2],
+        next_panels: Option<[(Dtype, *const u8); 2]>,
+        inputs: usize,
+        sums: *mut f32,
+    ) {
         let tiles = self.inputs.tiles();
-        let longest = if tiles.len() == 1 { inputs } else { RUN };
-        for run in (0..inputs).step_by(longest) {
-            let count = longest.min(inputs - run);
-            let w = w.map(|w| w.wrapping_add(run * F::INPUT_BYTES));
-            for (i, tile) in tiles.iter().enumerate() {
-                let x = self.inputs.tile(*tile, run);
-                let c = sums.wrapping_add(tile.first_row * 2 * LANES);
-                let (rows, stride, first) = (tile.rows, 2 * LANES, run == 0);
-                // SAFETY: passed on.
-                unsafe {
-                    match i {
-                        0 => interleaved_tile::<S, F, AHEAD>(rows, x, w, count, c, stride, first),
-                        _ => interleaved_tile::<S, F, 0>(rows, x, w, count, c, stride, first),
+        let w = panels.map(|(_, panel)| panel);
+        // SAFETY: passed on.
+        unsafe {
+            if let [tile] = tiles {
+                let x = self.inputs.tile(*tile, 0);
+                return interleaved_tile::<S, F, AHEAD>(
+                    tile.rows,
+                    x,
+                    w,
+                    inputs,
+                    sums,
+                    2 * LANES,
+                    true,
+                );
+            }
+            for run in (0..inputs).step_by(RUN) {
+                let count = RUN.min(inputs - run);
+                let w = w.map(|w| w.add(run * F::INPUT_BYTES));
+                let next = place_ahead(panels, next_panels, run + RUNS_AHEAD * RUN, inputs);
+                for (i, tile) in tiles.iter().enumerate() {
+                    if let Some((panels, run)) = next {
+                        prefetch::<S>(panels, run, RUN, (i, tiles.len()));
                     }
+                    let x = self.inputs.tile(*tile, run);
+                    let c = sums.add(tile.first_row * 2 * LANES);
+                    interleaved_tile::<S, F, 0>(tile.rows, x, w, count, c, 2 * LANES, run == 0);
                 }
             }
         }
@@ -353,6 +368,20 @@ impl Task<'_> {
     }
 }
 
+/// Input `place` of two panels, or where it falls behind them, of the next two.
+#[inline(always)]
+fn place_ahead(
+    panels: [(Dtype, *const u8); 2],
+    next: Option<[(Dtype, *const u8); 2]>,
+    place: usize,
+    inputs: usize,
+) -> Option<([(Dtype, *const u8); 2], usize)> {
+    match place.checked_sub(inputs) {
+        None => Some((panels, place)),
+        Some(behind) => next.map(|next| (next, behind)),
+    }
+}
+
 /// Asks for one of `shares` of a run of two panels. While tiles are multiplied nothing is read from
 /// memory, and the processor does not see what comes next; asked for all at once, it would wait.
 #[inline(always)]
@@ -368,7 +397,7 @@ unsafe fn prefetch<S: Simd>(
         let start = panel.wrapping_add(bytes(run) + share * share_bytes);
         for line in (0..share_bytes).step_by(64) {
             // SAFETY: any address will do.
-            unsafe { S::prefetch(start.wrapping_add(line)) };
+            unsafe { S::prefetch_far(start.wrapping_add(line)) };
         }
     }
 }

@@ -45,6 +45,11 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
 
     /// Asks for the cache line of an address that will be read soon; any address will do.
     unsafe fn prefetch(p: *const u8);
+    /// The same into the second-level cache, for what the first has no room for yet.
+    #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        unsafe { Self::prefetch(p) }
+    }
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
