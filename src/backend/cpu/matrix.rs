@@ -255,7 +255,7 @@ impl Part {
         let block_inputs = block_inputs(tensor.dtype);
         let panel_bytes = in_features.div_ceil(block_inputs) * block_bytes(tensor.dtype);
         let panels = out_features.div_ceil(LANES);
-        let mut data = Aligned::zeroed(panels * panel_bytes);
+        let mut data = Aligned::kept(panels * panel_bytes);
         let chunks: Vec<std::sync::Mutex<&mut [u8]>> = data
             .bytes_mut()
             .chunks_mut(panel_bytes)
