@@ -74,11 +74,12 @@ pub fn matmul(
     assert_eq!(out.width(), weight.out_features(), "a matmul's outputs");
     assert!(out.rows() >= inputs.rows(), "a matmul's rows");
     let pairs = weight.pairs();
-    // Tasks small enough to even out, large enough that handing them over costs nothing; whole
+    // Tasks small enough to even out (a thread that has one more than the other is idle for as long),
+    // large enough that handing them over costs nothing; whole
     // groups of panels for the one-row kernel.
     let chunk = pairs
         .len()
-        .div_ceil(team.threads() * 6)
+        .div_ceil(team.threads() * 16)
         .clamp(1, 64)
         .next_multiple_of(GEMV_PANELS / 2);
     let out = out.shared();
