@@ -400,7 +400,9 @@ fn killed_at_any_moment_it_ends_with_the_same_file() {
         had_checkpoint += usize::from(folder.path("killed.safetensors.checkpoint-0").exists());
     }
     assert!(had_checkpoint > 0, "no run came as far as a checkpoint");
-    eprintln!("killed {killed} times, {had_checkpoint} behind a checkpoint, came to the end {ended} times before");
+    eprintln!(
+        "killed {killed} times, {had_checkpoint} behind a checkpoint, came to the end {ended} times before"
+    );
     folder
         .podium(&arguments("killed.safetensors"))
         .arg("--resume")
