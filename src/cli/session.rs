@@ -13,6 +13,7 @@ use super::progress::{Progress, Unit};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
 use crate::backend::cuda::Cuda;
+use crate::backend::cuda::device::Device as DeviceOfKernels;
 use crate::backend::cuda::emulated::{Checks, Emulated};
 use crate::backend::cuda::gpu::Gpu;
 use crate::backend::sampling::SamplingParams;
@@ -320,7 +321,7 @@ pub fn open_files(options: &GlobalOptions) -> Result<ModelFiles, CliError> {
     };
     let files = ModelFiles::open(&path)?;
     Ok(match options.dtype {
-        DtypeChoice::Auto => files,
+        DtypeChoice::Auto | DtypeChoice::Fp8 => files,
         DtypeChoice::Q8 => files.quantized(),
     })
 }
@@ -355,10 +356,14 @@ enum AnyBackend {
 fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
     match options.device {
         // A GPU only for those who name it, until one has run the kernels.
+        Device::Auto | Device::Cpu if options.dtype == DtypeChoice::Fp8 => Err(CliError::Usage(
+            "--dtype fp8 is for --device cuda (or emulate); on the CPU, --dtype q8 is as small"
+                .to_string(),
+        )),
         Device::Auto | Device::Cpu => Ok(AnyBackend::Cpu(cpu(options)?)),
         Device::Cuda { index } => {
             let gpu = Gpu::open(index).map_err(BackendError::from)?;
-            Ok(AnyBackend::Cuda(Cuda::new(Arc::new(gpu))))
+            Ok(AnyBackend::Cuda(cuda(Arc::new(gpu), options)))
         }
         Device::Emulate => {
             let threads = options.threads()?;
@@ -366,8 +371,16 @@ fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
             let emulated = emulated.map_err(|reason| {
                 CliError::Failed(format!("cannot start {threads} threads: {reason}"))
             })?;
-            Ok(AnyBackend::Cuda(Cuda::new(Arc::new(emulated))))
+            Ok(AnyBackend::Cuda(cuda(Arc::new(emulated), options)))
         }
+    }
+}
+
+fn cuda(device: Arc<dyn DeviceOfKernels>, options: &GlobalOptions) -> Cuda {
+    let cuda = Cuda::new(device);
+    match options.dtype {
+        DtypeChoice::Auto | DtypeChoice::Q8 => cuda,
+        DtypeChoice::Fp8 => cuda.fp8(),
     }
 }
 

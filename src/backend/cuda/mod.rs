@@ -33,6 +33,7 @@ pub mod sample;
 #[cfg(test)]
 mod testing;
 pub mod token_logprobs;
+pub mod weights;
 
 pub use backend::{Cuda, Rows};
 pub use kv_cache::KvCache;
