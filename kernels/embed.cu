@@ -44,17 +44,28 @@ __device__ __forceinline__ void embed_codes(Global<const T> codes, Widen widen, 
         const uint4 words = chunks[chunk];
         const uint32_t word[4] = {words.x, words.y, words.z, words.w};
         const float of_codes = scale_of(chunk);
+        float numbers[16];
 #pragma unroll
         for (unsigned i = 0; i < 4; ++i) {
             uint32_t pairs[2];
             widen(word[i], pairs[0], pairs[1]);
 #pragma unroll
             for (unsigned half = 0; half < 2; ++half) {
-                const unsigned input = chunk * 16 + half * 8 + i * 2;
                 const float2 pair = to_float2(pairs[half]);
-                if (input < width) out[input] = pair.x * of_codes * scale;
-                if (input + 1 < width) out[input + 1] = pair.y * of_codes * scale;
+                numbers[half * 8 + i * 2] = pair.x * of_codes * scale;
+                numbers[half * 8 + i * 2 + 1] = pair.y * of_codes * scale;
             }
+        }
+        if (width % 4 == 0) {
+            const auto to = view<float4>(out + chunk * 16);
+#pragma unroll
+            for (unsigned i = 0; i < 4; ++i)
+                if (chunk * 16 + i * 4 < width)
+                    to[i] = make_float4(numbers[4 * i], numbers[4 * i + 1], numbers[4 * i + 2], numbers[4 * i + 3]);
+        } else {
+#pragma unroll
+            for (unsigned i = 0; i < 16; ++i)
+                if (chunk * 16 + i < width) out[chunk * 16 + i] = numbers[i];
         }
     }
 }

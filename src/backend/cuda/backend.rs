@@ -49,6 +49,14 @@ pub struct Rows {
     width: usize,
 }
 
+impl Rows {
+    /// Overwrites the first rows: for benchmarks of single operations, since a forward pass only ever
+    /// fills them on the device.
+    pub fn write(&mut self, values: &[f32]) -> Result<(), DeviceError> {
+        self.buffer.write(0, values)
+    }
+}
+
 /// Memory that operations use while they run. It grows, and stays.
 struct Scratch<T>(Option<Buffer<T>>);
 

@@ -22,12 +22,14 @@ pub mod gather_rank;
 pub mod gpu;
 pub mod images;
 mod kv_cache;
+pub mod limits;
 pub mod matmul;
 pub mod matmul_skinny;
 pub mod matmul_tiled;
 mod matrix;
 pub mod norm;
 mod plan;
+mod random_weights;
 pub mod rope_append;
 pub mod sample;
 #[cfg(test)]

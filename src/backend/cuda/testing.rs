@@ -2,13 +2,19 @@
 
 use super::device::Device;
 use super::emulated::{Checks, Emulated};
+use super::gpu::Gpu;
 use super::weights::{BLOCK, Form, Weights, int8_scale_at, interleave};
 use crate::backend::random::uniform;
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// The emulation with every check on, its threads in a random order.
+/// The emulation with every check on, its threads in a random order; or the GPU that
+/// `PODIUM_TEST_DEVICE` names (`cuda`, `cuda:INDEX`).
 pub fn device() -> Arc<dyn Device> {
+    let gpu = std::env::var("PODIUM_TEST_DEVICE").unwrap_or_default();
+    if !gpu.is_empty() && gpu != "emulate" {
+        return Arc::new(Gpu::named(&gpu).unwrap());
+    }
     Arc::new(Emulated::new(Checks {
         races: true,
         order_seed: Some(1),
