@@ -4,13 +4,8 @@ use super::device::{Buffer, Device, DeviceError};
 use super::matmul::{gated_row, gated_rows, stride};
 use crate::model::tensor::Tensor;
 use half::bf16;
-use rayon::prelude::*;
 use std::borrow::Cow;
 use std::sync::Arc;
-
-/// Rows that are widened, rounded and uploaded at a time: the host never holds a second copy of a
-/// large matrix.
-const ROWS_AT_A_TIME: usize = 1024;
 
 /// A matrix `[out_features, in_features]`, or a gate and an up projection, interleaved.
 #[derive(Debug)]
@@ -62,27 +57,26 @@ impl Matrix {
         let in_features = source(0).map_or(0, |(tensor, _)| tensor.columns());
         let stride = stride(in_features);
         let mut weight = Buffer::new(device, out_features * stride, "a weight matrix")?;
-        let mut run = Vec::new();
-        for first in (0..out_features).step_by(ROWS_AT_A_TIME) {
-            let rows = ROWS_AT_A_TIME.min(out_features - first);
-            run.clear();
-            run.resize(rows * stride, bf16::ZERO);
-            let places = run.par_chunks_mut(stride).enumerate();
-            places.for_each(|(row, place)| {
-                if let Some((tensor, row)) = source(first + row) {
-                    for (to, x) in place.iter_mut().zip(row_of(tensor, row)) {
-                        *to = bf16::from_f32(x);
-                    }
+        let whole = out_features * stride;
+        weight.fill(0, whole, stride, |row, place| {
+            place.fill(bf16::ZERO);
+            if let Some((tensor, row)) = source(row) {
+                for (to, x) in place.iter_mut().zip(row_of(tensor, row)) {
+                    *to = bf16::from_f32(x);
                 }
-            });
-            weight.write(first * stride, &run)?;
-        }
+            }
+        })?;
         Ok(Matrix {
             weight,
             out_features,
             stride,
             width,
         })
+    }
+
+    /// Bytes of a stored matrix on the device.
+    pub fn bytes_of(tensor: &Tensor) -> usize {
+        tensor.rows() * stride(tensor.columns()) * size_of::<bf16>()
     }
 
     /// Bytes on the device.

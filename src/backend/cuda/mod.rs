@@ -20,6 +20,7 @@ pub mod embed;
 pub mod emulated;
 pub mod gather_rank;
 pub mod gpu;
+mod graphs;
 pub mod images;
 mod kv_cache;
 pub mod matmul;
@@ -28,13 +29,17 @@ pub mod matmul_tiled;
 mod matrix;
 pub mod norm;
 mod plan;
+mod rank;
 pub mod rope_append;
 pub mod sample;
+mod staging;
+mod step_memory;
 #[cfg(test)]
 mod testing;
 pub mod token_logprobs;
 
 pub use backend::{Cuda, Rows};
+pub use graphs::{GraphUse, MAX_GRAPHS};
 pub use kv_cache::KvCache;
 pub use matrix::Matrix;
 pub use plan::Plan;
