@@ -224,11 +224,9 @@ impl Gpu {
 
     /// The same, each kernel begun when the one before it has ended.
     #[must_use]
-    pub fn without_dependent_launch(self) -> Gpu {
-        // Not by `..self`: a `Gpu` is dropped whole.
-        let mut gpu = self;
-        gpu.dependent_launch = false;
-        gpu
+    pub fn without_dependent_launch(mut self) -> Gpu {
+        self.dependent_launch = false;
+        self
     }
 
     /// Freed memory stays with the process: a step frees and asks for the same again.
