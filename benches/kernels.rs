@@ -217,7 +217,7 @@ impl Bench {
                 let shape = (rows, width, table.stride, self.vocabulary);
                 let bytes = Throughput::Bytes((rows * width * 6) as u64);
                 self.time(&mut group, rows, bytes, |_| {
-                    embed(device, &table.weight, &tokens, 1.0, shape, &out)
+                    embed(device, &table.weight, tokens.slice(), 1.0, shape, &out)
                 });
             }
         }
@@ -323,7 +323,9 @@ impl Bench {
         let mut cache = backend.kv_cache(kv).expect("memory");
         let width = (kv.heads + 2 * kv.kv_heads) * kv.head_dim;
         for (name, rows, batch, throughput) in cases {
-            let plan = backend.plan(&batch, &[&rope], &mut cache).expect("memory");
+            let plan = backend
+                .plan(&batch, None, &[&rope], &mut cache)
+                .expect("memory");
             let row = |seed: usize| -> Vec<f32> {
                 (0..width)
                     .map(|i| uniform(seed as u64, 0, i as u32))

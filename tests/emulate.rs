@@ -238,6 +238,7 @@ fn candidate_k_is_the_same_to_the_bit_whatever_n_is() {
             let checks = Checks {
                 races: prompt_len == 37,
                 order_seed: Some(order),
+                ..Checks::default()
             };
             let mut model = emulated(&folder("qwen3"), checks);
             model.config.max_position_embeddings = 2048;

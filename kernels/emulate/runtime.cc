@@ -117,6 +117,7 @@ void wait_at(Place place) {
 void fiber_main() {
     Worker& w = worker();
     w.kernel->run(w.frame);
+    if (!block.current->after_predecessor) fail("it ends without having waited for the kernels before it");
     block.current->exited = true;
     ++w.exited;
     yield();
@@ -189,6 +190,11 @@ void fail_global(std::uint64_t address, std::size_t bytes, std::size_t alignment
         fail("misaligned access to global memory: %zu bytes at offset %llu", bytes, offset);
     fail("global memory out of bounds: %zu bytes at offset %llu of an allocation of %llu", bytes, offset,
          static_cast<unsigned long long>(allocations[id].bytes));
+}
+
+void fail_early(bool may_write) {
+    if (may_write) fail("early access: it may write global memory before it waits for the kernels before it");
+    fail("early access: it reads what a kernel has written before it waits for the kernels before it");
 }
 
 void fail_shared(std::uint32_t offset, std::size_t bytes, std::size_t alignment) {
@@ -342,7 +348,7 @@ void track_shared(std::uint32_t offset, std::size_t bytes, Access access, const 
 
 void async_copy(std::uint32_t to, std::uint64_t from, unsigned bytes, unsigned width) {
     char* target = shared_bytes(to, width, width, Access::write);
-    const char* source = bytes == 0 ? nullptr : global_bytes(from, bytes, bytes == width ? width : 1);
+    const char* source = bytes == 0 ? nullptr : global_bytes(from, bytes, bytes == width ? width : 1, false);
     // Undefined until the wait.
     std::memset(target, 0xFF, width);
     Thread& t = *block.current;
@@ -506,7 +512,7 @@ std::uint64_t podium_emulate_allocate(std::uint64_t bytes) {
         std::free(base);
         return 0;
     }
-    allocations[id] = {base, bytes};
+    allocations[id] = {base, bytes, false};
     return id << OFFSET_BITS;
 }
 
@@ -514,7 +520,7 @@ void podium_emulate_free(std::uint64_t address) {
     const std::lock_guard guard(allocations_lock);
     Allocation& allocation = allocations[address >> OFFSET_BITS];
     std::free(allocation.base);
-    allocation = {nullptr, 0};
+    allocation = {nullptr, 0, false};
     freed_allocations.push_back(address >> OFFSET_BITS);
 }
 
@@ -563,7 +569,7 @@ int podium_emulate_block(const Kernel* kernel, const Launch* launch, void* const
         t.number = i;
         t.lane = i % WARP;
         t.warp = i / WARP;
-        t.exited = t.waiting = false;
+        t.exited = t.waiting = t.after_predecessor = false;
         t.open_group = 0;
         t.copies.clear();
         w.canary(i) = CANARY;

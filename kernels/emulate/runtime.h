@@ -13,8 +13,12 @@
 //   alignment       of every access, to the size of what is accessed
 //   barriers        all threads must come to the same one
 //   uninitialised   fresh memory of either kind is 0xFF in every byte: NaN as float32, bfloat16 and float16
+//   early access    a kernel may start while those before it run (programmatic dependent launch). So each thread must
+//                   wait for them (wait_for_predecessor); before that it must write nothing, and read nothing that any
+//                   kernel has written
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -58,6 +62,7 @@ struct Thread {
     unsigned number = 0, lane = 0, warp = 0;
     bool exited = false;
     bool waiting = false;
+    bool after_predecessor = false;  // it has waited for the kernels before
     Place place{};  // where it waits
     int barrier_value = 0;
     std::uint32_t open_group = 0;  // of cp.async
@@ -90,6 +95,7 @@ void warp_barrier(std::uint32_t mask, Place place);
 struct Allocation {
     char* base;
     std::uint64_t bytes;
+    bool written;  // by a kernel; blocks that run in parallel set it, never back
 };
 constexpr unsigned OFFSET_BITS = 40;
 constexpr std::uint64_t MAX_ALLOCATIONS = 1 << 20;
@@ -98,13 +104,23 @@ extern Allocation* const allocations;
 [[noreturn]] void fail_global(std::uint64_t address, std::size_t bytes, std::size_t alignment);
 [[noreturn]] void fail_shared(std::uint32_t offset, std::size_t bytes, std::size_t alignment);
 
-// Where the bytes of device memory are in this process.
-inline char* global_bytes(std::uint64_t address, std::size_t bytes, std::size_t alignment) {
+[[noreturn]] void fail_early(bool may_write);
+
+// Where the bytes of device memory are in this process. `may_write`: the access is not through a pointer to const.
+inline char* global_bytes(std::uint64_t address, std::size_t bytes, std::size_t alignment, bool may_write) {
     const std::uint64_t id = address >> OFFSET_BITS, offset = address & ((std::uint64_t{1} << OFFSET_BITS) - 1);
     if (id >= MAX_ALLOCATIONS || offset + bytes > allocations[id].bytes || offset % alignment != 0) [[unlikely]]
         fail_global(address, bytes, alignment);
-    return allocations[id].base + offset;
+    Allocation& allocation = allocations[id];
+    const std::atomic_ref written(allocation.written);
+    const bool was_written = written.load(std::memory_order_relaxed);
+    if (!block.current->after_predecessor && (may_write || was_written)) [[unlikely]] fail_early(may_write);
+    if (may_write && !was_written) written.store(true, std::memory_order_relaxed);
+    return allocation.base + offset;
 }
+
+// griddepcontrol.wait
+inline void wait_for_predecessor() { block.current->after_predecessor = true; }
 
 enum class Access { read, write, atomic };
 void track_shared(std::uint32_t offset, std::size_t bytes, Access access, const Thread& thread);

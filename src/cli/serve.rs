@@ -239,7 +239,7 @@ pub fn run(global: &GlobalOptions, options: &ServeOptions) -> Result<(), CliErro
             options.max_batch.unwrap_or(256).max(1),
             metrics.clone(),
         )
-        .map_err(|error| failed(format!("cannot start the engine's thread: {error}")))?;
+        .map_err(|error| failed(format!("cannot start the engine: {error}")))?;
     tracing::info!(
         model = model.name,
         context = model.context,

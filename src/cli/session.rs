@@ -12,10 +12,9 @@ use super::options::{Device, DtypeChoice, GlobalOptions};
 use super::progress::{Progress, Unit};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
-use crate::backend::cuda::Cuda;
-use crate::backend::cuda::device::Device as DeviceOfKernels;
 use crate::backend::cuda::emulated::{Checks, Emulated};
 use crate::backend::cuda::gpu::Gpu;
+use crate::backend::cuda::{self, Cuda};
 use crate::backend::sampling::SamplingParams;
 use crate::backend::{Backend, BackendError};
 use crate::engine::scheduler::Limits;
@@ -35,6 +34,12 @@ use crate::tasks::feature_file::FeatureSource;
 
 /// Instruction set to run with instead of the best one, for tests: `avx512`, `avx2` or `portable`.
 const ISA_VARIABLE: &str = "PODIUM_ISA";
+/// `off`: a GPU launches every step kernel by kernel, or each kernel when the one before it has ended.
+const GRAPHS_VARIABLE: &str = "PODIUM_GRAPHS";
+const DEPENDENT_LAUNCH_VARIABLE: &str = "PODIUM_DEPENDENT_LAUNCH";
+/// For tests: bytes that the emulated device has, and launches after which it is lost.
+const EMULATED_MEMORY_VARIABLE: &str = "PODIUM_EMULATE_MEMORY";
+const EMULATED_LOSS_VARIABLE: &str = "PODIUM_EMULATE_LOST_AFTER";
 /// Temperature where neither the command nor the model's files name one.
 const DEFAULT_TEMPERATURE: f32 = 0.7;
 /// Longest `generation_config.json` that is read.
@@ -100,12 +105,13 @@ impl<B: Backend> AnyEngine for Engine<B> {
         metrics: Arc<Metrics>,
     ) -> std::io::Result<(EngineHandle, usize)> {
         let pages = (kv_bytes / self.page_bytes()).max(1);
-        let engine = self.with_limits(Limits {
+        let limits = Limits {
             pages,
             cached_pages: pages / 4,
             candidates,
             ..Limits::default()
-        });
+        };
+        let engine = self.with_room_for(limits).map_err(std::io::Error::other)?;
         Ok((EngineHandle::start(engine, metrics)?, pages))
     }
 }
@@ -362,12 +368,20 @@ fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
         )),
         Device::Auto | Device::Cpu => Ok(AnyBackend::Cpu(cpu(options)?)),
         Device::Cuda { index } => {
-            let gpu = Gpu::open(index).map_err(BackendError::from)?;
+            let mut gpu = Gpu::open(index).map_err(BackendError::from)?;
+            if is_off(DEPENDENT_LAUNCH_VARIABLE) {
+                gpu = gpu.without_dependent_launch();
+            }
             Ok(AnyBackend::Cuda(cuda(Arc::new(gpu), options)))
         }
         Device::Emulate => {
             let threads = options.threads()?;
-            let emulated = Emulated::new(Checks::default()).with_threads(threads);
+            let checks = Checks {
+                memory: number(EMULATED_MEMORY_VARIABLE)?.map(|bytes| bytes as usize),
+                lost_after: number(EMULATED_LOSS_VARIABLE)?,
+                ..Checks::default()
+            };
+            let emulated = Emulated::new(checks).with_threads(threads);
             let emulated = emulated.map_err(|reason| {
                 CliError::Failed(format!("cannot start {threads} threads: {reason}"))
             })?;
@@ -376,11 +390,29 @@ fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
     }
 }
 
-fn cuda(device: Arc<dyn DeviceOfKernels>, options: &GlobalOptions) -> Cuda {
-    let cuda = Cuda::new(device);
-    match options.dtype {
-        DtypeChoice::Auto | DtypeChoice::Q8 => cuda,
-        DtypeChoice::Fp8 => cuda.fp8(),
+fn cuda(device: Arc<dyn cuda::device::Device>, options: &GlobalOptions) -> Cuda {
+    let cuda = match options.dtype {
+        DtypeChoice::Auto | DtypeChoice::Q8 => Cuda::new(device),
+        DtypeChoice::Fp8 => Cuda::new(device).fp8(),
+    };
+    match is_off(GRAPHS_VARIABLE) {
+        true => cuda.without_graphs(),
+        false => cuda,
+    }
+}
+
+fn is_off(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| value == "off")
+}
+
+/// The number in an environment variable, if it is set.
+fn number(variable: &str) -> Result<Option<u64>, CliError> {
+    match std::env::var(variable) {
+        Ok(text) if !text.is_empty() => text
+            .parse()
+            .map(Some)
+            .map_err(|_| CliError::Usage(format!("{variable}={text}: give a whole number"))),
+        _ => Ok(None),
     }
 }
 

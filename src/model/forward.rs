@@ -8,8 +8,11 @@
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::files::ModelFiles;
-use super::tensor::{Tensor, check_finite};
-use crate::backend::{Attention, Backend, BackendError, Batch, KvShape, Norm, PageId};
+use super::tensor::{Dtype, Tensor, check_finite};
+use crate::backend::sampling::Sampled;
+use crate::backend::{
+    Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PageId, PlannedRows,
+};
 use crate::model::config::Rope;
 
 /// A decoder-only transformer of the Llama family, its weights on a device.
@@ -50,13 +53,18 @@ struct Layer<B: Backend> {
 /// The KV cache, and what the last batch computed.
 pub struct State<B: Backend> {
     kv: B::KvCache,
+    activations: Activations<B>,
+    logits: B::Rows,
+}
+
+/// What the layers of a batch compute.
+struct Activations<B: Backend> {
     /// The residual stream, `[rows, hidden_size]`.
     residual: B::Rows,
     qkv: B::Rows,
     attended: B::Rows,
     gated: B::Rows,
-    logits: B::Rows,
-    /// The residual stream after each captured layer.
+    /// The residual stream after each layer that was ever captured.
     captured: Vec<(usize, B::Rows)>,
 }
 
@@ -91,6 +99,7 @@ impl<B: Backend> Model<B> {
         let (name, fingerprint) = (files.name().to_string(), files.fingerprint());
         let loader = Loader { files, progress };
         let config = files.config().clone();
+        backend.check_memory(&needs(&backend, files, &config)?)?;
         Model::assemble(backend, config, name, fingerprint, loader)
     }
 
@@ -147,12 +156,14 @@ impl<B: Backend> Model<B> {
         let rows = |width| self.backend.rows(0, width);
         Ok(State {
             kv: self.backend.kv_cache(self.kv_shape())?,
-            residual: rows(hidden_size)?,
-            qkv: rows((heads + 2 * kv_heads) * head_dim)?,
-            attended: rows(heads * head_dim)?,
-            gated: rows(intermediate_size)?,
+            activations: Activations {
+                residual: rows(hidden_size)?,
+                qkv: rows((heads + 2 * kv_heads) * head_dim)?,
+                attended: rows(heads * head_dim)?,
+                gated: rows(intermediate_size)?,
+                captured: Vec::new(),
+            },
             logits: rows(self.config.vocab_size)?,
-            captured: Vec::new(),
         })
     }
 
@@ -167,43 +178,105 @@ impl<B: Backend> Model<B> {
         batch: &Batch,
         depth: Depth,
     ) -> Result<(), BackendError> {
-        let (backend, config) = (&self.backend, &self.config);
+        let plan = self.plan(state, batch, None, depth)?;
+        self.layers(&plan, &mut state.kv, &mut state.activations, depth);
+        Ok(())
+    }
+
+    /// Runs a batch through all layers and draws tokens from it; the logits of `draws.rows` stay in
+    /// `state` too.
+    pub fn forward_and_draw(
+        &self,
+        state: &mut State<B>,
+        batch: &Batch,
+        depth: Depth,
+        draws: &Draws,
+    ) -> Result<Vec<Sampled>, BackendError> {
+        let plan = self.plan(state, batch, Some(draws), depth)?;
         let State {
             kv,
+            activations,
+            logits,
+        } = state;
+        let what: Vec<usize> = [depth.layers]
+            .iter()
+            .chain(depth.capture)
+            .copied()
+            .collect();
+        let mut compute = |logits: &mut B::Rows| {
+            self.layers(&plan, kv, activations, depth);
+            self.lm_head(&activations.residual, LogitRows::Drawn(&plan), logits);
+        };
+        self.backend
+            .draw(&plan, &what, draws.draws, logits, &mut compute)
+    }
+
+    /// Readies a batch: where its rows stand, and room for what is computed of them.
+    fn plan(
+        &self,
+        state: &mut State<B>,
+        batch: &Batch,
+        draws: Option<&Draws>,
+        depth: Depth,
+    ) -> Result<B::Plan, BackendError> {
+        let (backend, config) = (&self.backend, &self.config);
+        let ropes: Vec<&Rope> = config.attention[..depth.layers]
+            .iter()
+            .map(|a| &a.rope)
+            .collect();
+        let plan = backend.plan(batch, draws, &ropes, &mut state.kv)?;
+        let PlannedRows { rows, logits } = backend.planned_rows(&plan);
+        let Activations {
             residual,
             qkv,
             attended,
             gated,
             captured,
-            ..
-        } = state;
-        let rows = batch.tokens.len();
-        for activations in [&mut *residual, &mut *qkv, &mut *attended, &mut *gated] {
+        } = &mut state.activations;
+        for activations in [residual, qkv, attended, gated] {
             backend.resize(activations, rows)?;
         }
-        let ropes: Vec<&Rope> = config.attention[..depth.layers]
-            .iter()
-            .map(|a| &a.rope)
-            .collect();
-        let plan = backend.plan(batch, &ropes, kv)?;
-        let mut kept = Vec::with_capacity(depth.capture.len());
         for &layer in depth.capture {
-            // The buffer of an earlier batch, if there is one.
-            let mut rows_of_layer = match captured.pop() {
-                Some((_, rows)) => rows,
-                None => backend.rows(rows, config.hidden_size)?,
-            };
-            backend.resize(&mut rows_of_layer, rows)?;
-            kept.push((layer, rows_of_layer));
+            if !captured.iter().any(|(known, _)| *known == layer) {
+                captured.push((layer, backend.rows(0, config.hidden_size)?));
+            }
         }
-        *captured = kept;
+        let wanted = captured
+            .iter_mut()
+            .filter(|(l, _)| depth.capture.contains(l));
+        for (_, rows_of_layer) in wanted {
+            backend.resize(rows_of_layer, rows)?;
+        }
+        if draws.is_some() {
+            backend.resize(&mut state.logits, logits)?;
+        }
+        Ok(plan)
+    }
+
+    /// The operations of a planned batch's layers.
+    fn layers(
+        &self,
+        plan: &B::Plan,
+        kv: &mut B::KvCache,
+        activations: &mut Activations<B>,
+        depth: Depth,
+    ) {
+        let (backend, config) = (&self.backend, &self.config);
+        let Activations {
+            residual,
+            qkv,
+            attended,
+            gated,
+            captured,
+        } = activations;
+        let rows = backend.planned_rows(plan).rows;
         let norm = |weight| Norm {
             weight,
             epsilon: config.rms_norm_eps,
         };
         let every_row: Vec<(usize, usize)> = (0..rows).map(|row| (row, row)).collect();
 
-        backend.embed(&plan, &self.embedding, config.embedding_scale, residual);
+        backend.embed(plan, &self.embedding, config.embedding_scale, residual);
         for (index, layer) in self.layers[..depth.layers].iter().enumerate() {
             let attention = Attention {
                 layer: index,
@@ -221,8 +294,8 @@ impl<B: Backend> Model<B> {
                 layer.qkv_bias.as_ref(),
                 qkv,
             );
-            backend.rope_append(&plan, &attention, qkv, kv);
-            backend.attention(&plan, &attention, qkv, kv, attended);
+            backend.rope_append(plan, &attention, qkv, kv);
+            backend.attention(plan, &attention, qkv, kv, attended);
             let post = layer.post_attention_norm.as_ref().map(norm);
             backend.matmul_add(
                 attended,
@@ -238,11 +311,12 @@ impl<B: Backend> Model<B> {
             let post = layer.post_feed_forward_norm.as_ref().map(norm);
             backend.matmul_add(gated, &layer.down, layer.down_bias.as_ref(), post, residual);
 
-            for (_, rows) in captured.iter_mut().filter(|(layer, _)| *layer == index + 1) {
-                backend.copy_rows(residual, &every_row, rows);
+            if depth.capture.contains(&(index + 1)) {
+                for (_, rows) in captured.iter_mut().filter(|(layer, _)| *layer == index + 1) {
+                    backend.copy_rows(residual, &every_row, rows);
+                }
             }
         }
-        Ok(())
     }
 
     /// Logits `[rows.len(), vocab_size]` of rows of the last batch, which must have gone through all
@@ -252,24 +326,21 @@ impl<B: Backend> Model<B> {
         state: &'s mut State<B>,
         rows: &[u32],
     ) -> Result<&'s B::Rows, BackendError> {
-        let State {
-            residual, logits, ..
-        } = state;
-        self.backend.resize(logits, rows.len())?;
+        self.backend.resize(&mut state.logits, rows.len())?;
+        let (residual, logits) = (&state.activations.residual, &mut state.logits);
+        self.lm_head(residual, LogitRows::These(rows), logits);
+        Ok(logits)
+    }
+
+    fn lm_head(&self, residual: &B::Rows, rows: LogitRows<B::Plan>, logits: &mut B::Rows) {
         let norm = Norm {
             weight: &self.final_norm,
             epsilon: self.config.rms_norm_eps,
         };
         let weight = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        self.backend.lm_head(
-            residual,
-            rows,
-            norm,
-            weight,
-            self.config.logit_softcap,
-            logits,
-        );
-        Ok(logits)
+        let softcap = self.config.logit_softcap;
+        self.backend
+            .lm_head(residual, rows, norm, weight, softcap, logits);
     }
 
     /// Bytes of the weights that a decode step reads.
@@ -295,6 +366,16 @@ impl<B: Backend> Model<B> {
 }
 
 impl<B: Backend> State<B> {
+    /// Bytes that the pages of the KV cache take now.
+    pub fn kv_bytes(&self, backend: &B) -> usize {
+        backend.kv_bytes(&self.kv)
+    }
+
+    /// The logits of the last batch's draws.
+    pub fn logits(&self) -> &B::Rows {
+        &self.logits
+    }
+
     /// Makes page `to` a copy of page `from`, in every layer.
     pub fn copy_page(&mut self, backend: &B, from: PageId, to: PageId) -> Result<(), BackendError> {
         backend.copy_page(&mut self.kv, from, to)
@@ -303,14 +384,46 @@ impl<B: Backend> State<B> {
     /// The residual stream after a captured layer, `[rows, hidden_size]`.
     ///
     /// # Panics
-    /// If the last batch did not capture that layer.
+    /// If no batch captured that layer.
     pub fn captured(&self, layer: usize) -> &B::Rows {
-        let found = self
-            .captured
-            .iter()
-            .find(|(captured, _)| *captured == layer);
+        let captured = &self.activations.captured;
+        let found = captured.iter().find(|(captured, _)| *captured == layer);
         &found.expect("the layer was captured").1
     }
+}
+
+/// Rows of a large step: a chunk of a prompt beside candidates.
+const STEP_ROWS: usize = 512;
+/// Rows of logits of one.
+const LOGITS_ROWS: usize = 128;
+/// Recorded steps and small things, by a generous estimate.
+const OTHER_BYTES: usize = 64 << 20;
+
+/// What a model needs on its device besides keys and values.
+fn needs<B: Backend>(
+    backend: &B,
+    files: &ModelFiles,
+    config: &ModelConfig,
+) -> Result<Vec<(String, usize)>, ModelError> {
+    let mut weights = 0;
+    for name in files.tensor_names() {
+        let tensor = files.tensor(name)?;
+        let dtype = match files.quantize && tensor.becomes_q8_0() {
+            true => Dtype::Q8_0,
+            false => tensor.dtype,
+        };
+        weights += backend.bytes_on_device(dtype, &tensor.shape);
+    }
+    let (heads, kv_heads) = (config.heads, config.kv_heads);
+    let row = 3 * config.hidden_size
+        + (2 * heads + 2 * kv_heads) * config.head_dim
+        + 2 * config.intermediate_size;
+    let activations = STEP_ROWS * row + LOGITS_ROWS * config.vocab_size;
+    Ok(vec![
+        ("weights".to_string(), weights),
+        ("activations".to_string(), activations * size_of::<f32>()),
+        ("recorded steps".to_string(), OTHER_BYTES),
+    ])
 }
 
 /// Where weights come from: a model's files, or whoever makes them up. Names are those of Hugging

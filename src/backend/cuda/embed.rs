@@ -1,6 +1,6 @@
 //! `kernels/embed.cu`
 
-use super::device::{Buffer, Device, DeviceError, Launch};
+use super::device::{Buffer, Device, DeviceError, Launch, Slice};
 use super::weights::Weights;
 use crate::arguments;
 
@@ -11,7 +11,7 @@ const THREADS: u32 = 128;
 pub fn embed(
     device: &dyn Device,
     table: &Weights,
-    tokens: &Buffer<u32>,
+    tokens: Slice<u32>,
     scale: f32,
     (rows, width, stride, vocab_size): (usize, usize, usize, usize),
     out: &Buffer<f32>,
@@ -70,7 +70,7 @@ mod tests {
                 let of_rows = Buffer::from_slice(&device, &tokens, "tokens").unwrap();
                 let out = Buffer::new(&device, rows * width, "out").unwrap();
                 let shape = (rows, width, form.stride(width), vocabulary);
-                embed(&*device, &on_device, &of_rows, 1.5, shape, &out).unwrap();
+                embed(&*device, &on_device, of_rows.slice(), 1.5, shape, &out).unwrap();
                 let expected = tokens
                     .iter()
                     .flat_map(|&t| (0..width).map(move |i| (t as usize, i)));

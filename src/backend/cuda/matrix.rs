@@ -9,12 +9,8 @@ use super::weights::{
 use crate::model::gguf::dequantize::dequantize_row;
 use crate::model::tensor::{Dtype, Tensor};
 use half::{bf16, f16};
-use rayon::prelude::*;
 use std::sync::Arc;
-
-/// Rows that are converted and uploaded at a time: the host never holds a second copy of a large
-/// matrix.
-const ROWS_AT_A_TIME: usize = 1024;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A matrix `[out_features, in_features]`, or a gate and an up projection, interleaved.
 #[derive(Debug)]
@@ -57,21 +53,14 @@ impl Matrix {
                 places[gated_row(row, is_up)] = Some((tensor, row));
             }
         }
-        let form = match (Matrix::form_of([gate], fp8), Matrix::form_of([up], fp8)) {
-            (gate, up) if gate == up => gate,
-            _ => Form::Bf16,
-        };
+        let form = Matrix::form_of([gate, up], fp8);
         Matrix::upload(device, form, width, &places)
     }
 
-    /// What parts of a matrix become: bytes where all are stored as Q8_0; e4m3 where that is wanted and
-    /// none is in blocks already; else bfloat16, rounded to nearest.
+    /// What parts of a matrix become: [`Form::of`] each where that is the same for all, else bfloat16,
+    /// rounded to nearest.
     fn form_of<'a>(parts: impl IntoIterator<Item = &'a Tensor<'a>>, fp8: bool) -> Form {
-        let forms = parts.into_iter().map(|part| match part.dtype {
-            Dtype::Q8_0 => Form::Int8,
-            dtype if fp8 && dtype.block_len() == 1 => Form::Fp8,
-            _ => Form::Bf16,
-        });
+        let forms = parts.into_iter().map(|part| Form::of(part.dtype, fp8));
         forms
             .reduce(|a, b| if a == b { a } else { Form::Bf16 })
             .unwrap_or(Form::Bf16)
@@ -88,56 +77,45 @@ impl Matrix {
         let first = places.iter().flatten().next();
         let in_features = first.map_or(0, |(tensor, _)| tensor.columns());
         let stride = form.stride(in_features);
+        let whole = out_features * stride;
         let mut weight = Weights::new(device, form, out_features, in_features)?;
         match &mut weight {
-            Weights::Bf16(numbers) => {
-                let mut run = Vec::new();
-                for (index, places) in places.chunks(ROWS_AT_A_TIME).enumerate() {
-                    run.clear();
-                    run.resize(places.len() * stride, bf16::ZERO);
-                    let rows = run.par_chunks_mut(stride).zip(places);
-                    rows.for_each_init(Vec::new, |row, (to, place)| {
-                        for (to, x) in to.iter_mut().zip(widen(place, row)) {
-                            *to = bf16::from_f32(*x);
-                        }
-                    });
-                    numbers.write(index * ROWS_AT_A_TIME * stride, &run)?;
+            Weights::Bf16(numbers) => numbers.fill(0, whole, stride, |row, to| {
+                to.fill(bf16::ZERO);
+                for (to, x) in to.iter_mut().zip(widen(places[row])) {
+                    *to = bf16::from_f32(x);
                 }
-            }
+            })?,
             Weights::Int8 { codes, scales } => {
-                let mut of_matrix = vec![f16::ZERO; int8_scales_len(out_features, in_features)];
-                let mut run = Vec::new();
-                for (index, places) in places.chunks(ROWS_AT_A_TIME).enumerate() {
-                    let first = index * ROWS_AT_A_TIME;
-                    run.clear();
-                    run.resize(places.len() * stride, 0);
-                    let rows = run.par_chunks_mut(stride).zip(places);
-                    rows.for_each(|(to, place)| copy_codes(*place, to));
-                    codes.write(first * stride, &run)?;
-                    for (row, place) in places.iter().enumerate() {
-                        for (block, stored) in blocks(*place).enumerate() {
-                            of_matrix[int8_scale_at(out_features, first + row, block)] =
-                                f16::from_le_bytes([stored[0], stored[1]]);
-                        }
+                codes.fill(0, whole, stride, |row, to| {
+                    to.fill(0);
+                    for (to, stored) in to.chunks_exact_mut(BLOCK).zip(blocks(places[row])) {
+                        to.copy_from_slice(&stored[2..]);
+                    }
+                    interleave(to);
+                })?;
+                let mut of_blocks = vec![f16::ZERO; int8_scales_len(out_features, in_features)];
+                for (row, place) in places.iter().enumerate() {
+                    for (block, stored) in blocks(*place).enumerate() {
+                        of_blocks[int8_scale_at(out_features, row, block)] =
+                            f16::from_le_bytes([stored[0], stored[1]]);
                     }
                 }
-                scales.write(0, &of_matrix)?;
+                scales.write(0, &of_blocks)?;
             }
             Weights::Fp8 { codes, scales } => {
-                let (mut run, mut of_rows) = (Vec::new(), Vec::new());
-                for (index, places) in places.chunks(ROWS_AT_A_TIME).enumerate() {
-                    run.clear();
-                    run.resize(places.len() * stride, 0);
-                    let rows = run.par_chunks_mut(stride).zip(places);
-                    let of_run = rows.map_init(Vec::new, |row, (to, place)| {
-                        let scale = quantize_fp8(widen(place, row), to);
-                        interleave(to);
-                        scale
-                    });
-                    of_run.collect_into_vec(&mut of_rows);
-                    codes.write(index * ROWS_AT_A_TIME * stride, &run)?;
-                    scales.write(index * ROWS_AT_A_TIME, &of_rows)?;
-                }
+                // Found where a row is rounded, on several threads.
+                let of_rows: Vec<AtomicU32> = places.iter().map(|_| AtomicU32::new(0)).collect();
+                codes.fill(0, whole, stride, |row, to| {
+                    to.fill(0);
+                    let scale = quantize_fp8(&widen(places[row]), to);
+                    interleave(to);
+                    of_rows[row].store(scale.to_bits(), Ordering::Relaxed);
+                })?;
+                let of_rows = of_rows
+                    .into_iter()
+                    .map(|scale| f32::from_bits(scale.into_inner()));
+                scales.write(0, &of_rows.collect::<Vec<_>>())?;
             }
         }
         Ok(Matrix {
@@ -154,13 +132,13 @@ impl Matrix {
     }
 }
 
-/// A stored row as float32, in the room that `row` is; nothing where there is none.
-fn widen<'a>(place: &Option<Row>, row: &'a mut Vec<f32>) -> &'a [f32] {
-    row.clear();
-    if let Some((tensor, index)) = place {
-        row.resize(tensor.columns(), 0.0);
-        dequantize_row(tensor.dtype, tensor.row(*index), row);
-    }
+/// A stored row as float32; nothing where there is none.
+fn widen(place: Option<Row>) -> Vec<f32> {
+    let Some((tensor, index)) = place else {
+        return Vec::new();
+    };
+    let mut row = vec![0.0; tensor.columns()];
+    dequantize_row(tensor.dtype, tensor.row(index), &mut row);
     row
 }
 
@@ -168,13 +146,6 @@ fn widen<'a>(place: &Option<Row>, row: &'a mut Vec<f32>) -> &'a [f32] {
 fn blocks<'a>(place: Option<Row<'a>>) -> impl Iterator<Item = &'a [u8]> {
     let bytes = place.map_or(&[][..], |(tensor, row)| tensor.row(row));
     bytes.chunks_exact(Dtype::Q8_0.block_bytes())
-}
-
-fn copy_codes(place: Option<Row>, to: &mut [u8]) {
-    for (to, stored) in to.chunks_exact_mut(BLOCK).zip(blocks(place)) {
-        to.copy_from_slice(&stored[2..]);
-    }
-    interleave(to);
 }
 
 #[cfg(test)]

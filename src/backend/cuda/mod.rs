@@ -20,6 +20,7 @@ pub mod embed;
 pub mod emulated;
 pub mod gather_rank;
 pub mod gpu;
+mod graphs;
 pub mod images;
 mod kv_cache;
 pub mod limits;
@@ -30,14 +31,18 @@ mod matrix;
 pub mod norm;
 mod plan;
 mod random_weights;
+mod rank;
 pub mod rope_append;
 pub mod sample;
+mod staging;
+mod step_memory;
 #[cfg(test)]
 mod testing;
 pub mod token_logprobs;
 pub mod weights;
 
 pub use backend::{Cuda, Rows};
+pub use graphs::{GraphUse, MAX_GRAPHS};
 pub use kv_cache::KvCache;
 pub use matrix::Matrix;
 pub use plan::Plan;

@@ -18,6 +18,7 @@ pub fn device() -> Arc<dyn Device> {
     Arc::new(Emulated::new(Checks {
         races: true,
         order_seed: Some(1),
+        ..Checks::default()
     }))
 }
 
