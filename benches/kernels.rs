@@ -22,6 +22,7 @@ use podium::backend::cuda::gpu::Gpu;
 use podium::backend::cuda::matmul::{Epilogue, Operands, Shape, gated_rows};
 use podium::backend::cuda::matmul_skinny::matmul_skinny;
 use podium::backend::cuda::matmul_tiled::matmul_tiled;
+use podium::backend::cuda::matmul_wgmma::{TileMaps, matmul_wgmma};
 use podium::backend::cuda::norm::{norm_add, norm_rows, round_rows};
 use podium::backend::cuda::token_logprobs::token_logprobs;
 use podium::backend::cuda::weights::Form;

@@ -56,6 +56,14 @@ struct AsyncCopy {
     std::uint32_t group;
 };
 
+// A product of a warpgroup that one of its threads has begun.
+struct AsyncProduct {
+    float* d;
+    std::uint64_t a, b;
+    bool first;
+    std::uint32_t group;
+};
+
 struct Thread {
     void* stack_pointer = nullptr;
     dim3 index;
@@ -67,6 +75,8 @@ struct Thread {
     int barrier_value = 0;
     std::uint32_t open_group = 0;  // of cp.async
     std::vector<AsyncCopy> copies;
+    std::uint32_t open_product_group = 0;  // of wgmma
+    std::vector<AsyncProduct> products;
 };
 
 // What a warp operation does once all its lanes have come. `lanes[i]` is what lane i brought, for i in `mask`.
@@ -141,6 +151,20 @@ void async_wait(unsigned pending);
 void load_matrices(std::uint32_t* registers, std::uint32_t row_address, unsigned count, bool transpose);
 // mma.m16n8k16: D += A · B on the documented register layouts.
 void mma_bf16(float* d, const std::uint32_t* a, const std::uint32_t* b);
+
+// Hopper's barriers, tile copies and products of a warpgroup (hopper.cuh). Their accesses to shared memory are not held
+// against those of threads for races; instead everything happens as late as it may: a tile is poison from the begin of its
+// copy until nothing else can go on, and products read their tiles when they are waited for. So who reads a tile too
+// early, or gives it back too early, computes NaN.
+void mbarrier_init(std::uint32_t barrier, unsigned arrivals);
+// `bytes` of copies are expected beside the arrival.
+void mbarrier_arrive(std::uint32_t barrier, unsigned bytes);
+void mbarrier_wait(std::uint32_t barrier, unsigned parity, Place place);
+void copy_tile(std::uint32_t to, std::uint64_t map, unsigned column, unsigned row, std::uint32_t barrier);
+// D[64][128] (+)= A · Bᵀ, both K-major with a swizzle of 128 bytes, by their descriptors.
+void wgmma_bf16(float* d, std::uint64_t a, std::uint64_t b, bool first);
+void wgmma_commit();
+void wgmma_wait(unsigned pending, Place place);
 
 // A kernel as the launcher sees it: `arguments` are as for cuLaunchKernel.
 struct Kernel {

@@ -129,7 +129,7 @@ fn disassemble(nvdisasm: &Path, image: &Image) -> BTreeMap<String, String> {
 }
 
 /// What the design of each kernel file says that its machine code must have.
-const INSTRUCTIONS: [(&str, &[&str]); 8] = [
+const INSTRUCTIONS: [(&str, &[&str]); 9] = [
     // Tensor cores, ldmatrix, and copies of sixteen bytes past the first-level cache.
     (
         "matmul_skinny",
@@ -150,6 +150,11 @@ const INSTRUCTIONS: [(&str, &[&str]); 8] = [
     (
         "attention_prefill",
         &["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS"],
+    ),
+    // Products of a warpgroup, tiles copied by the tensor memory accelerator.
+    (
+        "matmul_wgmma",
+        &["HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "SYNCS.PHASECHK"],
     ),
     ("gather_rank", &["HMMA.16816.F32.BF16"]),
     ("attention", &["LDG.E.128"]),

@@ -114,6 +114,9 @@ impl Launch {
 /// An address in a device's memory.
 pub type Address = u64;
 
+/// `TensorMap` of `kernels/hopper.cuh`: to be aligned to 64 bytes on the device.
+pub type TileMap = [u64; 16];
+
 /// Bytes that a thread copies at a time.
 const UPLOAD_UNIT: usize = 256 << 10;
 
@@ -187,6 +190,17 @@ pub trait Device: Send + Sync + 'static {
 
     /// Waits for all that was asked for.
     fn synchronize(&self) -> Result<(), DeviceError>;
+
+    /// What `copy_tile` (`kernels/hopper.cuh`) takes to copy tiles of `tile_rows` rows and 64 numbers of a
+    /// matrix of bfloat16 [rows, stride]; `None` on all but Hopper and the emulation.
+    fn tile_map(
+        &self,
+        _matrix: Address,
+        (_rows, _stride): (usize, usize),
+        _tile_rows: usize,
+    ) -> Result<Option<TileMap>, DeviceError> {
+        Ok(None)
+    }
 
     /// Multiprocessors: blocks that run at a time where one fills a multiprocessor.
     fn multiprocessors(&self) -> usize;

@@ -1,6 +1,9 @@
 //! The kernels on the CPU: `kernels/emulate`, which checks every access to memory and every barrier.
 
-use super::device::{Address, Arguments, Device, DeviceError, Fill, GraphId, Launch, Memory};
+use super::device::{
+    Address, Arguments, Device, DeviceError, Fill, GraphId, Launch, Memory, TileMap,
+};
+use super::matmul_wgmma::TILE_NUMBERS;
 use super::staging::{Copies, Ring};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
@@ -506,6 +509,23 @@ impl Device for Emulated {
         self.not_recording("the host waited meanwhile")?;
         self.do_copies(None);
         Ok(())
+    }
+
+    /// Fields in the order in which `kernels/emulate/runtime.cc` reads them.
+    fn tile_map(
+        &self,
+        matrix: Address,
+        (rows, stride): (usize, usize),
+        tile_rows: usize,
+    ) -> Result<Option<TileMap>, DeviceError> {
+        let mut map = [0; 16];
+        let row_bytes = stride * size_of::<half::bf16>();
+        let fields = [stride, rows, row_bytes, TILE_NUMBERS, tile_rows];
+        map[0] = matrix;
+        for (field, value) in map[1..].iter_mut().zip(fields) {
+            *field = value as u64;
+        }
+        Ok(Some(map))
     }
 
     fn multiprocessors(&self) -> usize {

@@ -1,8 +1,11 @@
 //! A GPU, through NVIDIA's driver, which is loaded when the first is opened: the binary starts without
 //! one.
 
-use super::device::{Address, Arguments, Device, DeviceError, Fill, GraphId, Launch, Memory};
+use super::device::{
+    Address, Arguments, Device, DeviceError, Fill, GraphId, Launch, Memory, TileMap,
+};
 use super::images::{architectures, best_for};
+use super::matmul_wgmma::TILE_NUMBERS;
 use super::staging::{Copies, Ring};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -579,6 +582,42 @@ impl Device for Gpu {
             DeviceError::Driver(text) => self.fail(DeviceError::Fault(text)),
             other => self.fail(other),
         })
+    }
+
+    fn tile_map(
+        &self,
+        matrix: Address,
+        (rows, stride): (usize, usize),
+        tile_rows: usize,
+    ) -> Result<Option<TileMap>, DeviceError> {
+        use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR;
+        self.enter()?;
+        if attribute(self.device, MAJOR)? != 9 {
+            return Ok(None);
+        }
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let row_bytes = stride * size_of::<half::bf16>();
+        let (sizes, strides) = ([stride as u64, rows as u64], [row_bytes as u64]);
+        let (tile, steps) = ([TILE_NUMBERS as u32, tile_rows as u32], [1u32, 1]);
+        // SAFETY: the arrays have as many entries as two dimensions want; the matrix is only described.
+        let result = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                matrix as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                tile.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        result.result().map_err(driver)?;
+        Ok(Some(map.opaque))
     }
 
     fn multiprocessors(&self) -> usize {

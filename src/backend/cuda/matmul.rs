@@ -55,15 +55,20 @@ pub struct Operands<'a> {
 }
 
 impl Operands<'_> {
-    /// As every product takes them.
-    pub(super) fn arguments(&self) -> Arguments {
-        let (code, cap) = match self.epilogue {
-            Epilogue::Store => (0u32, 1.0f32),
+    /// `Epilogue` of `kernels/matmul.cuh`, and its cap.
+    pub(super) fn epilogue_code(&self) -> (u32, f32) {
+        match self.epilogue {
+            Epilogue::Store => (0, 1.0),
             Epilogue::Add => (1, 1.0),
             Epilogue::Gated(Activation::Silu) => (2, 1.0),
             Epilogue::Gated(Activation::GeluTanh) => (3, 1.0),
             Epilogue::Softcap(cap) => (4, cap),
-        };
+        }
+    }
+
+    /// As [`matmul_skinny`] and [`matmul_tiled`] take them.
+    pub(super) fn arguments(&self) -> Arguments {
+        let (code, cap) = self.epilogue_code();
         let shape = self.shape;
         let operands = match self.weight {
             Weights::Bf16(numbers) => arguments![self.x, numbers],

@@ -27,6 +27,7 @@ pub mod limits;
 pub mod matmul;
 pub mod matmul_skinny;
 pub mod matmul_tiled;
+pub mod matmul_wgmma;
 mod matrix;
 pub mod norm;
 mod plan;
