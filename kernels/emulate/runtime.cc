@@ -437,9 +437,9 @@ void mbarrier_wait(std::uint32_t offset, unsigned parity, Place place) {
 
 void copy_tile(std::uint32_t to, std::uint64_t map, unsigned column, unsigned row, std::uint32_t barrier) {
     std::uint64_t fields[16];
-    std::memcpy(fields, global_bytes(map, sizeof fields, 64), sizeof fields);
+    std::memcpy(fields, global_bytes(map, sizeof fields, 64, false), sizeof fields);
     TileCopy copy{to, barrier, nullptr, fields[1], fields[2], fields[3], fields[4], fields[5], column, row};
-    copy.from = global_bytes(fields[0], (copy.rows - 1) * copy.stride + copy.columns * 2, 16);
+    copy.from = global_bytes(fields[0], (copy.rows - 1) * copy.stride + copy.columns * 2, 16, false);
     if (copy.stride % 16 != 0) fail("a tile's matrix has rows of %llu bytes, not whole sixteens", static_cast<unsigned long long>(copy.stride));
     if (copy.box_columns * 2 != 128) fail("a tile with a swizzle of 128 bytes has rows of %llu", static_cast<unsigned long long>(copy.box_columns * 2));
     const auto bytes = static_cast<std::uint32_t>(copy.box_rows * 128);

@@ -1,6 +1,6 @@
 //! `kernels/random_weights.cu`: matrices for benchmarks.
 
-use super::device::{Address, Device, DeviceError, Launch};
+use super::device::{Address, Arguments, Buffer, Device, DeviceError, Launch};
 use super::matrix::Matrix;
 use super::weights::{FP8_MAX, Form, Weights};
 use crate::arguments;
@@ -27,21 +27,32 @@ impl Matrix {
         let mut weight = Weights::new(device, form, out_features, in_features)?;
         let numbers = out_features * in_features;
         let amplitude = (3.0 / in_features as f32).sqrt();
+        let kernel = |name: &str, words: usize, more: Arguments, to: Address| {
+            // Copied from where a kernel wrote it: products fetch weights before the kernels before them
+            // have ended.
+            let made = Buffer::<u32>::new(device, words, "made-up weights")?;
+            let mut arguments = more.with(&made);
+            // SAFETY: as the kernel's head says; sixteen numbers are whole words.
+            unsafe { device.launch(name, Launch::blocks(BLOCKS, THREADS), &mut arguments) }?;
+            device.copy(made.address(), to, words * size_of::<u32>())
+        };
         match &mut weight {
             Weights::Bf16(bf16) => {
-                let pairs = (numbers / 2) as u32;
-                let mut arguments = arguments![pairs, seed, amplitude, &*bf16];
-                let launch = Launch::blocks(BLOCKS, THREADS);
-                // SAFETY: as the kernel's head says; `in_features` is even.
-                unsafe { device.launch("random_bf16", launch, &mut arguments) }?;
+                let pairs = numbers / 2;
+                let arguments = arguments![pairs as u32, seed, amplitude];
+                kernel("random_bf16", pairs, arguments, bf16.address())?;
             }
             Weights::Int8 { codes, scales } => {
-                random_codes(device, numbers, seed, false, codes.address())?;
+                let words = numbers / 4;
+                let arguments = arguments![words as u32, seed, 0u32];
+                kernel("random_codes", words, arguments, codes.address())?;
                 let scale = f16::from_f32(amplitude / 127.0);
                 scales.write(0, &vec![scale; scales.len()])?;
             }
             Weights::Fp8 { codes, scales } => {
-                random_codes(device, numbers, seed, true, codes.address())?;
+                let words = numbers / 4;
+                let arguments = arguments![words as u32, seed, 1u32];
+                kernel("random_codes", words, arguments, codes.address())?;
                 // Uniform codes are smaller than uniform numbers; their root mean square is 0.24 of 448.
                 let scale = amplitude / (3f32.sqrt() * 0.24 * FP8_MAX);
                 scales.write(0, &vec![scale; scales.len()])?;
@@ -54,19 +65,6 @@ impl Matrix {
             width,
         })
     }
-}
-
-fn random_codes(
-    device: &Arc<dyn Device>,
-    codes: usize,
-    seed: u32,
-    is_fp8: bool,
-    out: Address,
-) -> Result<(), DeviceError> {
-    let mut arguments = arguments![(codes / 4) as u32, seed, u32::from(is_fp8), out];
-    let launch = Launch::blocks(BLOCKS, THREADS);
-    // SAFETY: as the kernel's head says; sixteen codes are whole words.
-    unsafe { device.launch("random_codes", launch, &mut arguments) }
 }
 
 #[cfg(test)]
