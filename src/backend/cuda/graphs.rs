@@ -144,6 +144,7 @@ mod tests {
     use super::super::device::{Buffer, Launch};
     use super::super::embed::embed;
     use super::super::testing::device;
+    use super::super::weights::Weights;
     use super::*;
     use crate::arguments;
     use half::bf16;
@@ -179,7 +180,7 @@ mod tests {
     /// Rows of a table by numbers that are on the device, and by a number that is an argument.
     struct Case {
         device: Arc<dyn Device>,
-        table: Buffer<bf16>,
+        table: Weights,
         tokens: Buffer<u32>,
         out: Buffer<f32>,
     }
@@ -189,7 +190,7 @@ mod tests {
             let device = device();
             let table: Vec<bf16> = (0..32).map(|i| bf16::from_f32(i as f32)).collect();
             Case {
-                table: Buffer::from_slice(&device, &table, "table").unwrap(),
+                table: Weights::Bf16(Buffer::from_slice(&device, &table, "table").unwrap()),
                 tokens: Buffer::from_slice(&device, &[0u32, 1], "tokens").unwrap(),
                 out: Buffer::new(&device, 16, "out").unwrap(),
                 device,
@@ -198,7 +199,7 @@ mod tests {
 
         fn launch(&self, scale: f32) -> Result<(), DeviceError> {
             let (table, tokens) = (&self.table, self.tokens.slice());
-            embed(&*self.device, table, tokens, scale, (2, 8, 8), &self.out)
+            embed(&*self.device, table, tokens, scale, (2, 8, 8, 4), &self.out)
         }
 
         fn run(&self, graphs: &mut Graphs, usage: &GraphUse, layout: u64, scale: f32) -> Vec<f32> {
