@@ -1,5 +1,6 @@
 // One planted bug of each class that the emulation must report. Never launched but by its tests.
 
+#include "../hopper.cuh"
 #include "../mma.cuh"
 #include "../reduce.cuh"
 
@@ -224,3 +225,23 @@ __global__ void check_transposed(Global<const bf16> in, Global<unsigned> out) {
     for (unsigned i = 0; i < 4; ++i) out[4 * lane + i] = registers[i];
 }
 KERNEL(check_transposed)
+
+// A tile of eight rows of 64 numbers, copied by the tensor memory accelerator: thread t of 64 reads the first number of
+// chunk t % 8 of row t / 8, where the swizzle has put it; with `waits` = 0 too early.
+__global__ void check_tile(Global<const TensorMap> map, unsigned waits, Global<float> out) {
+    const auto tile = shared_memory<bf16>();
+    const auto barrier = shared_memory<Mbarrier>(1024);
+    wait_for_predecessor();
+    if (threadIdx.x == 0) {
+        mbarrier_init(barrier, 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect(barrier, 1024);
+        copy_tile(tile, map, 0, 0, barrier);
+    }
+    __syncthreads();
+    if (waits != 0) mbarrier_wait(barrier, 0);
+    const unsigned row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    const bf16 number = tile[row * 64 + (chunk ^ row) * 8];
+    out[threadIdx.x] = __bfloat162float(number);
+}
+KERNEL(check_tile)

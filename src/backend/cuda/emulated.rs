@@ -849,6 +849,36 @@ mod tests {
     }
 
     #[test]
+    fn a_tile_is_there_when_it_is_waited_for_and_lies_where_its_swizzle_says() {
+        let device: Arc<dyn Device> = Arc::new(Emulated::new(CHECKED));
+        // Seven rows: the eighth of the tile is zeros.
+        let numbers: Vec<half::bf16> = (0..7 * 64)
+            .map(|i| half::bf16::from_f32((i % 251) as f32))
+            .collect();
+        let matrix = Buffer::from_slice(&device, &numbers, "in").unwrap();
+        let map = device.tile_map(matrix.address(), (7, 64), 8).unwrap();
+        let map = Buffer::from_slice(&device, &map.unwrap(), "map").unwrap();
+        let read = |waits: u32| {
+            let out = Buffer::<f32>::new(&device, 64, "out").unwrap();
+            let shape = Launch {
+                shared_bytes: 1032,
+                ..Launch::blocks(1, 64)
+            };
+            // SAFETY: the kernel takes these.
+            unsafe { device.launch("check_tile", shape, &mut arguments![&map, waits, &out]) }
+                .unwrap();
+            out.read(0, 64).unwrap()
+        };
+        assert!(read(0).iter().all(|x| x.is_nan()));
+        let first_of_chunk = |thread: usize| match thread / 8 {
+            7 => 0.0,
+            row => numbers[row * 64 + thread % 8 * 8].to_f32(),
+        };
+        let expected: Vec<f32> = (0..64).map(first_of_chunk).collect();
+        assert_eq!(read(1), expected);
+    }
+
+    #[test]
     fn ldmatrix_transposes() {
         let device: Arc<dyn Device> = Arc::new(Emulated::new(CHECKED));
         let numbers: Vec<u16> = (0..256).collect();
