@@ -51,8 +51,9 @@ impl Bench {
     fn new() -> Bench {
         let name = std::env::var("PODIUM_BENCH_DEVICE").unwrap_or_default();
         let gpu = match name.as_str() {
-            "" => Gpu::open(0),
-            name => Gpu::named(name),
+            "" => Gpu::open(0).map_err(|error| error.to_string()),
+            "emulate" => Err("PODIUM_BENCH_DEVICE asks for none".to_string()),
+            name => Gpu::named(name).map_err(|error| error.to_string()),
         };
         match gpu {
             Ok(gpu) => Bench {
