@@ -12,9 +12,10 @@ use super::options::{Device, DtypeChoice, GlobalOptions};
 use super::progress::{Progress, Unit};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
+use crate::backend::cuda::Cuda;
+use crate::backend::cuda::device::Device as DeviceOfKernels;
 use crate::backend::cuda::emulated::{Checks, Emulated};
 use crate::backend::cuda::gpu::Gpu;
-use crate::backend::cuda::{self, Cuda};
 use crate::backend::sampling::SamplingParams;
 use crate::backend::{Backend, BackendError};
 use crate::engine::scheduler::Limits;
@@ -327,7 +328,7 @@ pub fn open_files(options: &GlobalOptions) -> Result<ModelFiles, CliError> {
     };
     let files = ModelFiles::open(&path)?;
     Ok(match options.dtype {
-        DtypeChoice::Auto => files,
+        DtypeChoice::Auto | DtypeChoice::Fp8 => files,
         DtypeChoice::Q8 => files.quantized(),
     })
 }
@@ -362,13 +363,17 @@ enum AnyBackend {
 fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
     match options.device {
         // A GPU only for those who name it, until one has run the kernels.
+        Device::Auto | Device::Cpu if options.dtype == DtypeChoice::Fp8 => Err(CliError::Usage(
+            "--dtype fp8 is for --device cuda (or emulate); on the CPU, --dtype q8 is as small"
+                .to_string(),
+        )),
         Device::Auto | Device::Cpu => Ok(AnyBackend::Cpu(cpu(options)?)),
         Device::Cuda { index } => {
             let mut gpu = Gpu::open(index).map_err(BackendError::from)?;
             if is_off(DEPENDENT_LAUNCH_VARIABLE) {
                 gpu = gpu.without_dependent_launch();
             }
-            Ok(AnyBackend::Cuda(cuda(Arc::new(gpu))))
+            Ok(AnyBackend::Cuda(cuda(Arc::new(gpu), options)))
         }
         Device::Emulate => {
             let threads = options.threads()?;
@@ -381,15 +386,19 @@ fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
             let emulated = emulated.map_err(|reason| {
                 CliError::Failed(format!("cannot start {threads} threads: {reason}"))
             })?;
-            Ok(AnyBackend::Cuda(cuda(Arc::new(emulated))))
+            Ok(AnyBackend::Cuda(cuda(Arc::new(emulated), options)))
         }
     }
 }
 
-fn cuda(device: Arc<dyn cuda::device::Device>) -> Cuda {
-    match is_off(GRAPHS_VARIABLE) {
-        true => Cuda::new(device).without_graphs(),
-        false => Cuda::new(device),
+fn cuda(device: Arc<dyn DeviceOfKernels>, options: &GlobalOptions) -> Cuda {
+    let mut cuda = Cuda::new(device);
+    if is_off(GRAPHS_VARIABLE) {
+        cuda = cuda.without_graphs();
+    }
+    match options.dtype {
+        DtypeChoice::Auto | DtypeChoice::Q8 => cuda,
+        DtypeChoice::Fp8 => cuda.fp8(),
     }
 }
 

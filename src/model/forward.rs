@@ -96,24 +96,31 @@ impl<B: Backend> Model<B> {
         files: &ModelFiles,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Model<B>, LoadError> {
+        let (name, fingerprint) = (files.name().to_string(), files.fingerprint());
+        let loader = Loader { files, progress };
         let config = files.config().clone();
         backend.check_memory(&needs(&backend, files, &config)?)?;
-        let mut loader = Loader {
-            backend: &backend,
-            files,
-            config: &config,
-            progress,
-        };
-        let embedding = loader.matrix(&["model.embed_tokens.weight"])?;
+        Model::assemble(backend, config, name, fingerprint, loader)
+    }
+
+    /// A model of weights that come from anywhere.
+    pub fn assemble(
+        backend: B,
+        config: ModelConfig,
+        name: String,
+        fingerprint: String,
+        mut source: impl WeightSource<B>,
+    ) -> Result<Model<B>, LoadError> {
+        let embedding = ["model.embed_tokens.weight".to_string()];
+        let embedding = source.matrix(&backend, &embedding)?;
         let layers = (0..config.layers)
-            .map(|layer| loader.layer(layer))
+            .map(|layer| Layer::collect(&backend, layer, &mut source))
             .collect::<Result<_, _>>()?;
-        let final_norm = loader.norm("model.norm.weight")?;
+        let final_norm = source.norm(&backend, "model.norm.weight")?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(loader.matrix(&["lm_head.weight"])?),
+            false => Some(source.matrix(&backend, &["lm_head.weight".to_string()])?),
         };
-        let (name, fingerprint) = (files.name().to_string(), files.fingerprint());
         Ok(Model {
             backend,
             config,
@@ -414,63 +421,83 @@ fn needs<B: Backend>(
     ])
 }
 
-/// Fetches tensors by name, checks and uploads them.
-struct Loader<'a, B: Backend> {
-    backend: &'a B,
-    files: &'a ModelFiles,
-    config: &'a ModelConfig,
-    progress: &'a mut dyn FnMut(u64),
+/// Where weights come from: a model's files, or whoever makes them up. Names are those of Hugging
+/// Face's files.
+pub trait WeightSource<B: Backend> {
+    /// Whether the model has this tensor.
+    fn has(&self, name: &str) -> Result<bool, LoadError>;
+    /// [`Backend::matrix`] of weights with the same inputs.
+    fn matrix(&mut self, backend: &B, names: &[String]) -> Result<B::Matrix, LoadError>;
+    /// [`Backend::gated_matrix`]
+    fn gated_matrix(&mut self, backend: &B, gate: &str, up: &str) -> Result<B::Matrix, LoadError>;
+    /// The weight of an RMSNorm.
+    fn norm(&mut self, backend: &B, name: &str) -> Result<B::Vector, LoadError>;
+    /// The biases of a matrix's parts, side by side; zeros where only some parts have one.
+    fn bias(&mut self, backend: &B, names: &[String]) -> Result<Option<B::Vector>, LoadError>;
 }
 
-impl<'a, B: Backend> Loader<'a, B> {
-    fn layer(&mut self, layer: usize) -> Result<Layer<B>, LoadError> {
+impl<B: Backend> Layer<B> {
+    fn collect(
+        backend: &B,
+        layer: usize,
+        source: &mut impl WeightSource<B>,
+    ) -> Result<Layer<B>, LoadError> {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let attention = |part: &str| name(&format!("self_attn.{part}"));
         let feed_forward = |part: &str| name(&format!("mlp.{part}"));
         let qkv = ["q_proj", "k_proj", "v_proj"];
         // The Gemma family has norms before and after each half; there `post_attention_layernorm` is
         // what its name says, elsewhere the norm before the feed-forward.
-        let sandwich = self
-            .files
-            .optional_tensor(&name("pre_feedforward_layernorm.weight"))?
-            .is_some();
+        let sandwich = source.has(&name("pre_feedforward_layernorm.weight"))?;
         let before_feed_forward = if sandwich {
             "pre_feedforward"
         } else {
             "post_attention"
         };
+        let query_norm = attention("q_norm.weight");
+        let key_norm = attention("k_norm.weight");
+        let (has_query_norm, has_key_norm) = (source.has(&query_norm)?, source.has(&key_norm)?);
+        let mut norm_if =
+            |wanted: bool, name: &str| wanted.then(|| source.norm(backend, name)).transpose();
         Ok(Layer {
-            input_norm: self.norm(&name("input_layernorm.weight"))?,
-            qkv: self.matrix(&qkv.map(|part| attention(&format!("{part}.weight"))))?,
-            qkv_bias: self.bias(&qkv.map(|part| attention(&format!("{part}.bias"))))?,
-            query_norm: self.optional_norm(&attention("q_norm.weight"))?,
-            key_norm: self.optional_norm(&attention("k_norm.weight"))?,
-            output: self.matrix(&[attention("o_proj.weight")])?,
-            output_bias: self.bias(&[attention("o_proj.bias")])?,
-            post_attention_norm: match sandwich {
-                true => Some(self.norm(&name("post_attention_layernorm.weight"))?),
-                false => None,
-            },
-            feed_forward_norm: self
-                .norm(&name(&format!("{before_feed_forward}_layernorm.weight")))?,
-            gate_up: {
-                let (gate, gate_bytes) = self.weight(&feed_forward("gate_proj.weight"))?;
-                let (up, up_bytes) = self.weight(&feed_forward("up_proj.weight"))?;
-                let matrix = self.backend.gated_matrix(&gate, &up)?;
-                (self.progress)(gate_bytes + up_bytes);
-                matrix
-            },
-            gate_up_bias: self
-                .bias(&[feed_forward("gate_proj.bias"), feed_forward("up_proj.bias")])?,
-            down: self.matrix(&[feed_forward("down_proj.weight")])?,
-            down_bias: self.bias(&[feed_forward("down_proj.bias")])?,
-            post_feed_forward_norm: match sandwich {
-                true => Some(self.norm(&name("post_feedforward_layernorm.weight"))?),
-                false => None,
-            },
+            query_norm: norm_if(has_query_norm, &query_norm)?,
+            key_norm: norm_if(has_key_norm, &key_norm)?,
+            post_attention_norm: norm_if(sandwich, &name("post_attention_layernorm.weight"))?,
+            post_feed_forward_norm: norm_if(sandwich, &name("post_feedforward_layernorm.weight"))?,
+            input_norm: source.norm(backend, &name("input_layernorm.weight"))?,
+            qkv: source.matrix(
+                backend,
+                &qkv.map(|part| attention(&format!("{part}.weight"))),
+            )?,
+            qkv_bias: source.bias(backend, &qkv.map(|part| attention(&format!("{part}.bias"))))?,
+            output: source.matrix(backend, &[attention("o_proj.weight")])?,
+            output_bias: source.bias(backend, &[attention("o_proj.bias")])?,
+            feed_forward_norm: source.norm(
+                backend,
+                &name(&format!("{before_feed_forward}_layernorm.weight")),
+            )?,
+            gate_up: source.gated_matrix(
+                backend,
+                &feed_forward("gate_proj.weight"),
+                &feed_forward("up_proj.weight"),
+            )?,
+            gate_up_bias: source.bias(
+                backend,
+                &[feed_forward("gate_proj.bias"), feed_forward("up_proj.bias")],
+            )?,
+            down: source.matrix(backend, &[feed_forward("down_proj.weight")])?,
+            down_bias: source.bias(backend, &[feed_forward("down_proj.bias")])?,
         })
     }
+}
 
+/// Fetches tensors from files by name, checks and uploads them.
+struct Loader<'a> {
+    files: &'a ModelFiles,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl<'a> Loader<'a> {
     fn checked(&self, name: &str) -> Result<Tensor<'a>, ModelError> {
         let tensor = self.files.tensor(name)?;
         check_finite(name, &tensor)?;
@@ -484,41 +511,46 @@ impl<'a, B: Backend> Loader<'a, B> {
         let quantized = self.files.quantize.then(|| stored.to_q8_0()).flatten();
         Ok((quantized.unwrap_or(stored), bytes))
     }
+}
 
-    fn matrix(&mut self, names: &[impl AsRef<str>]) -> Result<B::Matrix, LoadError> {
+impl<B: Backend> WeightSource<B> for Loader<'_> {
+    fn has(&self, name: &str) -> Result<bool, LoadError> {
+        Ok(self.files.optional_tensor(name)?.is_some())
+    }
+
+    fn matrix(&mut self, backend: &B, names: &[String]) -> Result<B::Matrix, LoadError> {
         let mut parts = Vec::with_capacity(names.len());
         let mut bytes = 0;
         for name in names {
-            let (part, stored) = self.weight(name.as_ref())?;
+            let (part, stored) = self.weight(name)?;
             parts.push(part);
             bytes += stored;
         }
-        let matrix = self.backend.matrix(&parts)?;
+        let matrix = backend.matrix(&parts)?;
         (self.progress)(bytes);
         Ok(matrix)
     }
 
-    fn norm(&self, name: &str) -> Result<B::Vector, LoadError> {
+    fn gated_matrix(&mut self, backend: &B, gate: &str, up: &str) -> Result<B::Matrix, LoadError> {
+        let (gate, gate_bytes) = self.weight(gate)?;
+        let (up, up_bytes) = self.weight(up)?;
+        let matrix = backend.gated_matrix(&gate, &up)?;
+        (self.progress)(gate_bytes + up_bytes);
+        Ok(matrix)
+    }
+
+    fn norm(&mut self, backend: &B, name: &str) -> Result<B::Vector, LoadError> {
         let mut weight = self.checked(name)?.to_f32();
-        if self.config.norm_weight_plus_one {
+        if self.files.config().norm_weight_plus_one {
             weight.iter_mut().for_each(|w| *w += 1.0);
         }
-        Ok(self.backend.vector(&weight)?)
+        Ok(backend.vector(&weight)?)
     }
 
-    fn optional_norm(&self, name: &str) -> Result<Option<B::Vector>, LoadError> {
-        self.files
-            .optional_tensor(name)?
-            .map(|_| self.norm(name))
-            .transpose()
-    }
-
-    /// The biases of a matrix's parts, side by side; zeros where only some parts have one.
-    fn bias(&self, names: &[impl AsRef<str>]) -> Result<Option<B::Vector>, LoadError> {
+    fn bias(&mut self, backend: &B, names: &[String]) -> Result<Option<B::Vector>, LoadError> {
         let mut values = Vec::new();
         let mut any = false;
         for name in names {
-            let name = name.as_ref();
             match self.files.optional_tensor(name)? {
                 Some(_) => {
                     any = true;
@@ -531,7 +563,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             }
         }
         if any {
-            Ok(Some(self.backend.vector(&values)?))
+            Ok(Some(backend.vector(&values)?))
         } else {
             Ok(None)
         }

@@ -8,7 +8,7 @@ use super::embed::embed;
 use super::gather_rank::GatherRankError;
 use super::graphs::{GraphUse, Key};
 use super::kv_cache::KvCache;
-use super::matmul::{Epilogue, Operands, Shape, matmul, stride};
+use super::matmul::{Epilogue, Operands, Shape, matmul};
 use super::matrix::Matrix;
 use super::norm::{norm_add, norm_rows, round_rows};
 use super::plan::{AngleTables, DrawPlan, Plan, Planner};
@@ -34,13 +34,16 @@ const MAX_HEAD_DIM: usize = 512;
 /// A GPU, or its emulation.
 ///
 /// Weights and keys and values are bfloat16, and so are the inputs of a product, which is added up in
-/// float32; the residual stream and all else is float32. A row's numbers do not depend on what other
+/// float32; weights may be in eight bits instead ([`Form`](super::weights::Form)). The residual stream
+/// and all else is float32. A row's numbers do not depend on what other
 /// rows there are.
 ///
 /// A decode step (every row a candidate's next token) is recorded, by the size of its batch rounded
 /// up, and from then on replayed; all other steps are launched operation by operation.
 pub struct Cuda {
     device: Arc<dyn Device>,
+    /// Weights that are not stored in blocks become e4m3.
+    fp8: bool,
     /// The first failure of a launch. Operations have no result, so it is told by the next call that
     /// has one.
     fault: Mutex<Option<DeviceError>>,
@@ -63,13 +66,14 @@ pub struct Rows {
 }
 
 impl Rows {
-    pub(super) fn buffer(&self) -> &Buffer<f32> {
-        &self.buffer
+    /// Overwrites the first rows: for benchmarks of single operations, since a forward pass only ever
+    /// fills them on the device.
+    pub fn write(&mut self, values: &[f32]) -> Result<(), DeviceError> {
+        self.buffer.write(0, values)
     }
 
-    #[cfg(test)]
-    pub(super) fn buffer_mut(&mut self) -> &mut Buffer<f32> {
-        &mut self.buffer
+    pub(super) fn buffer(&self) -> &Buffer<f32> {
+        &self.buffer
     }
 
     pub(super) fn width(&self) -> usize {
@@ -89,6 +93,7 @@ impl Cuda {
     pub fn new(device: Arc<dyn Device>) -> Cuda {
         Cuda {
             device,
+            fp8: false,
             fault: Mutex::new(None),
             angles: AngleTables::default(),
             inputs: Mutex::default(),
@@ -112,6 +117,12 @@ impl Cuda {
     /// How steps that can be recorded were run.
     pub fn graph_use(&self) -> &GraphUse {
         &self.graph_use
+    }
+
+    /// The same, keeping weight matrices that are stored as numbers in e4m3 with a scale an output: half
+    /// the memory and bandwidth of 16 bits.
+    pub fn fp8(self) -> Cuda {
+        Cuda { fp8: true, ..self }
     }
 
     pub fn device(&self) -> &Arc<dyn Device> {
@@ -210,11 +221,11 @@ impl Backend for Cuda {
     }
 
     fn matrix(&self, parts: &[Tensor]) -> Result<Matrix, BackendError> {
-        Ok(Matrix::pack(&self.device, parts)?)
+        Ok(Matrix::pack(&self.device, parts, self.fp8)?)
     }
 
     fn gated_matrix(&self, gate: &Tensor, up: &Tensor) -> Result<Matrix, BackendError> {
-        Ok(Matrix::pack_gated(&self.device, gate, up)?)
+        Ok(Matrix::pack_gated(&self.device, gate, up, self.fp8)?)
     }
 
     fn matrix_bytes(&self, matrix: &Matrix) -> usize {
@@ -224,7 +235,7 @@ impl Backend for Cuda {
     fn bytes_on_device(&self, tensor: &Tensor) -> usize {
         match &tensor.shape[..] {
             [_] | [] => tensor.shape.iter().product::<usize>() * size_of::<f32>(),
-            _ => Matrix::bytes_of(tensor),
+            _ => Matrix::bytes_of(tensor, self.fp8),
         }
     }
 
@@ -355,7 +366,7 @@ impl Backend for Cuda {
         if plan.rows == 0 {
             return;
         }
-        let shape = (plan.rows, out.width, table.stride);
+        let shape = (plan.rows, out.width, table.stride, table.out_features);
         self.run(|| {
             embed(
                 &*self.device,
@@ -456,7 +467,7 @@ impl Backend for Cuda {
         }
         self.run(|| {
             let mut scratch = lock(&self.inputs);
-            let len = rows * stride(x.width);
+            let len = rows * weight.stride;
             let inputs = scratch.at_least(&self.device, &self.layout, len, SCRATCH)?;
             round_rows(
                 &*self.device,

@@ -14,6 +14,8 @@ pub enum DeviceError {
         "no CUDA driver on this machine (libcuda was not found); use --device cpu, or --device emulate to run the kernels without a GPU"
     )]
     NoDriver,
+    #[error("{0} is no device: give cuda, cuda:INDEX or emulate")]
+    NoSuchName(String),
     #[error("there is no CUDA device {ordinal}: this machine has {count}")]
     NoSuchDevice { ordinal: usize, count: usize },
     #[error(

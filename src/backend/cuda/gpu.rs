@@ -144,6 +144,15 @@ pub fn list() -> Result<Vec<GpuInfo>, DeviceError> {
 }
 
 impl Gpu {
+    /// [`Gpu::open`] of the one that `cuda` (the first) or `cuda:INDEX` names.
+    pub fn named(name: &str) -> Result<Gpu, DeviceError> {
+        let index = match name {
+            "cuda" => Some(0),
+            _ => name.strip_prefix("cuda:").and_then(|i| i.parse().ok()),
+        };
+        Gpu::open(index.ok_or_else(|| DeviceError::NoSuchName(name.to_string()))?)
+    }
+
     /// Opens a GPU, counted from 0, and loads the kernels for it.
     ///
     /// # Errors

@@ -143,7 +143,9 @@ impl Graphs {
 mod tests {
     use super::super::device::{Buffer, Launch};
     use super::super::embed::embed;
+    use super::super::emulated::Emulated;
     use super::super::testing::device;
+    use super::super::weights::Weights;
     use super::*;
     use crate::arguments;
     use half::bf16;
@@ -179,17 +181,16 @@ mod tests {
     /// Rows of a table by numbers that are on the device, and by a number that is an argument.
     struct Case {
         device: Arc<dyn Device>,
-        table: Buffer<bf16>,
+        table: Weights,
         tokens: Buffer<u32>,
         out: Buffer<f32>,
     }
 
     impl Case {
-        fn new() -> Case {
-            let device = device();
+        fn new(device: Arc<dyn Device>) -> Case {
             let table: Vec<bf16> = (0..32).map(|i| bf16::from_f32(i as f32)).collect();
             Case {
-                table: Buffer::from_slice(&device, &table, "table").unwrap(),
+                table: Weights::Bf16(Buffer::from_slice(&device, &table, "table").unwrap()),
                 tokens: Buffer::from_slice(&device, &[0u32, 1], "tokens").unwrap(),
                 out: Buffer::new(&device, 16, "out").unwrap(),
                 device,
@@ -198,7 +199,7 @@ mod tests {
 
         fn launch(&self, scale: f32) -> Result<(), DeviceError> {
             let (table, tokens) = (&self.table, self.tokens.slice());
-            embed(&*self.device, table, tokens, scale, (2, 8, 8), &self.out)
+            embed(&*self.device, table, tokens, scale, (2, 8, 8, 4), &self.out)
         }
 
         fn run(&self, graphs: &mut Graphs, usage: &GraphUse, layout: u64, scale: f32) -> Vec<f32> {
@@ -212,7 +213,7 @@ mod tests {
 
     #[test]
     fn what_is_sent_is_read_anew_and_arguments_are_not() {
-        let mut case = Case::new();
+        let mut case = Case::new(device());
         let (mut graphs, usage) = (Graphs::default(), GraphUse::default());
         for (i, tokens) in [[0u32, 1], [2, 3], [3, 0], [1, 1]].iter().enumerate() {
             case.tokens.write(0, tokens).unwrap();
@@ -237,7 +238,7 @@ mod tests {
 
     #[test]
     fn the_recording_that_was_not_used_for_longest_gives_way() {
-        let case = Case::new();
+        let case = Case::new(device());
         let (mut graphs, usage) = (Graphs::default(), GraphUse::default());
         let mut run = |rows: usize| {
             let mut step = || case.launch(1.0);
@@ -260,7 +261,7 @@ mod tests {
     #[test]
     fn a_recording_holds_no_more_than_launches_and_copies() {
         let refused = |act: &mut dyn FnMut(&Case) -> Result<(), DeviceError>| {
-            let case = Case::new();
+            let case = Case::new(device());
             case.device.begin_recording().unwrap();
             let refused = act(&case).unwrap_err();
             assert!(matches!(refused, DeviceError::Recording(_)), "{refused}");
@@ -281,7 +282,7 @@ mod tests {
     /// Nothing is done while it is recorded, and a fault shows when it is replayed.
     #[test]
     fn a_recording_is_not_done() {
-        let case = Case::new();
+        let case = Case::new(Arc::new(Emulated::default()));
         let mut shape = Launch::blocks(1, 64);
         shape.shared_bytes = 256;
         let faulty = || {

@@ -1,34 +1,42 @@
-//! Weights as the products take them: bfloat16, rows padded to whole sixteen bytes.
+//! Weights as the products take them: rows padded to whole sixteen bytes, in one of the forms of
+//! [`weights`](super::weights).
 
-use super::device::{Buffer, Device, DeviceError};
-use super::matmul::{gated_row, gated_rows, stride};
-use crate::model::tensor::Tensor;
-use half::bf16;
-use std::borrow::Cow;
+use super::device::{Device, DeviceError};
+use super::matmul::{gated_row, gated_rows};
+use super::weights::{
+    BLOCK, Form, Weights, int8_scale_at, int8_scales_len, interleave, quantize_fp8,
+};
+use crate::model::gguf::dequantize::dequantize_row;
+use crate::model::tensor::{Dtype, Tensor};
+use half::{bf16, f16};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A matrix `[out_features, in_features]`, or a gate and an up projection, interleaved.
 #[derive(Debug)]
 pub struct Matrix {
-    /// [out_features, stride], zeros from in_features on.
-    pub weight: Buffer<bf16>,
-    /// Rows of `weight`.
+    /// `out_features` rows of `stride` numbers, zeros from in_features on.
+    pub weight: Weights,
     pub out_features: usize,
     pub stride: usize,
     /// Numbers of a result's row: of a gated matrix, its gates.
     pub width: usize,
 }
 
+/// A stored row.
+type Row<'a> = (&'a Tensor<'a>, usize);
+
 impl Matrix {
-    /// Matrices with the same inputs, their outputs side by side. Whatever they are stored as becomes
-    /// bfloat16, rounded to nearest.
-    pub fn pack(device: &Arc<dyn Device>, parts: &[Tensor]) -> Result<Matrix, DeviceError> {
-        let out_features = parts.iter().map(Tensor::rows).sum();
-        let places: Vec<(&Tensor, usize)> = parts
-            .iter()
-            .flat_map(|part| (0..part.rows()).map(move |row| (part, row)))
-            .collect();
-        Matrix::upload(device, out_features, out_features, |row| Some(places[row]))
+    /// Matrices with the same inputs, their outputs side by side, in the form that [`Matrix::form_of`]
+    /// says.
+    pub fn pack(
+        device: &Arc<dyn Device>,
+        parts: &[Tensor],
+        fp8: bool,
+    ) -> Result<Matrix, DeviceError> {
+        let rows = |part| (0..Tensor::rows(part)).map(move |row| Some((part, row)));
+        let places: Vec<Option<Row>> = parts.iter().flat_map(rows).collect();
+        Matrix::upload(device, Matrix::form_of(parts, fp8), places.len(), &places)
     }
 
     /// A gate and an up projection as the gated products have them ([`gated_row`]).
@@ -36,6 +44,7 @@ impl Matrix {
         device: &Arc<dyn Device>,
         gate: &Tensor,
         up: &Tensor,
+        fp8: bool,
     ) -> Result<Matrix, DeviceError> {
         let width = gate.rows();
         let mut places = vec![None; gated_rows(width)];
@@ -44,28 +53,74 @@ impl Matrix {
                 places[gated_row(row, is_up)] = Some((tensor, row));
             }
         }
-        Matrix::upload(device, places.len(), width, |row| places[row])
+        let form = match (Matrix::form_of([gate], fp8), Matrix::form_of([up], fp8)) {
+            (gate, up) if gate == up => gate,
+            _ => Form::Bf16,
+        };
+        Matrix::upload(device, form, width, &places)
     }
 
-    /// `source`: the stored row that a row is; `None` for zeros.
-    fn upload<'a>(
+    /// What parts of a matrix become: bytes where all are stored as Q8_0; e4m3 where that is wanted and
+    /// none is in blocks already; else bfloat16, rounded to nearest.
+    fn form_of<'a>(parts: impl IntoIterator<Item = &'a Tensor<'a>>, fp8: bool) -> Form {
+        let forms = parts.into_iter().map(|part| match part.dtype {
+            Dtype::Q8_0 => Form::Int8,
+            dtype if fp8 && dtype.block_len() == 1 => Form::Fp8,
+            _ => Form::Bf16,
+        });
+        forms
+            .reduce(|a, b| if a == b { a } else { Form::Bf16 })
+            .unwrap_or(Form::Bf16)
+    }
+
+    /// `places`: the stored row that a row is; `None` for zeros.
+    fn upload(
         device: &Arc<dyn Device>,
-        out_features: usize,
+        form: Form,
         width: usize,
-        source: impl Fn(usize) -> Option<(&'a Tensor<'a>, usize)> + Sync,
+        places: &[Option<Row>],
     ) -> Result<Matrix, DeviceError> {
-        let in_features = source(0).map_or(0, |(tensor, _)| tensor.columns());
-        let stride = stride(in_features);
-        let mut weight = Buffer::new(device, out_features * stride, "a weight matrix")?;
+        let out_features = places.len();
+        let first = places.iter().flatten().next();
+        let in_features = first.map_or(0, |(tensor, _)| tensor.columns());
+        let stride = form.stride(in_features);
+        let mut weight = Weights::new(device, form, out_features, in_features)?;
         let whole = out_features * stride;
-        weight.fill(0, whole, stride, |row, place| {
-            place.fill(bf16::ZERO);
-            if let Some((tensor, row)) = source(row) {
-                for (to, x) in place.iter_mut().zip(row_of(tensor, row)) {
+        match &mut weight {
+            Weights::Bf16(numbers) => numbers.fill(0, whole, stride, |row, to| {
+                to.fill(bf16::ZERO);
+                for (to, x) in to.iter_mut().zip(widen(places[row])) {
                     *to = bf16::from_f32(x);
                 }
+            })?,
+            Weights::Int8 { codes, scales } => {
+                codes.fill(0, whole, stride, |row, to| {
+                    to.fill(0);
+                    copy_codes(places[row], to);
+                })?;
+                let mut of_matrix = vec![f16::ZERO; int8_scales_len(out_features, in_features)];
+                for (row, place) in places.iter().enumerate() {
+                    for (block, stored) in blocks(*place).enumerate() {
+                        of_matrix[int8_scale_at(out_features, row, block)] =
+                            f16::from_le_bytes([stored[0], stored[1]]);
+                    }
+                }
+                scales.write(0, &of_matrix)?;
             }
-        })?;
+            Weights::Fp8 { codes, scales } => {
+                let of_rows: Vec<AtomicU32> = places.iter().map(|_| AtomicU32::new(0)).collect();
+                codes.fill(0, whole, stride, |row, to| {
+                    to.fill(0);
+                    let scale = quantize_fp8(&widen(places[row]), to);
+                    of_rows[row].store(scale.to_bits(), Ordering::Relaxed);
+                    interleave(to);
+                })?;
+                let of_rows = of_rows
+                    .into_iter()
+                    .map(|bits| f32::from_bits(bits.into_inner()));
+                scales.write(0, &of_rows.collect::<Vec<_>>())?;
+            }
+        }
         Ok(Matrix {
             weight,
             out_features,
@@ -75,30 +130,51 @@ impl Matrix {
     }
 
     /// Bytes of a stored matrix on the device.
-    pub fn bytes_of(tensor: &Tensor) -> usize {
-        tensor.rows() * stride(tensor.columns()) * size_of::<bf16>()
+    pub fn bytes_of(tensor: &Tensor, fp8: bool) -> usize {
+        let form = Matrix::form_of([tensor], fp8);
+        let (rows, columns) = (tensor.rows(), tensor.columns());
+        let numbers = rows * form.stride(columns);
+        match form {
+            Form::Bf16 => numbers * size_of::<bf16>(),
+            Form::Int8 => numbers + int8_scales_len(rows, columns) * size_of::<f16>(),
+            Form::Fp8 => numbers + rows * size_of::<f32>(),
+        }
     }
 
     /// Bytes on the device.
     pub fn bytes(&self) -> usize {
-        self.weight.len() * size_of::<bf16>()
+        self.weight.bytes()
     }
 }
 
-fn row_of(tensor: &Tensor, row: usize) -> Vec<f32> {
-    let row = Tensor {
-        dtype: tensor.dtype,
-        shape: vec![1, tensor.columns()],
-        data: Cow::Borrowed(tensor.row(row)),
+/// A stored row as float32; nothing where there is none.
+fn widen(place: Option<Row>) -> Vec<f32> {
+    let Some((tensor, index)) = place else {
+        return Vec::new();
     };
-    row.to_f32()
+    let mut row = vec![0.0; tensor.columns()];
+    dequantize_row(tensor.dtype, tensor.row(index), &mut row);
+    row
+}
+
+/// The blocks of a row of Q8_0: a float16 scale and 32 bytes each.
+fn blocks<'a>(place: Option<Row<'a>>) -> impl Iterator<Item = &'a [u8]> {
+    let bytes = place.map_or(&[][..], |(tensor, row)| tensor.row(row));
+    bytes.chunks_exact(Dtype::Q8_0.block_bytes())
+}
+
+fn copy_codes(place: Option<Row>, to: &mut [u8]) {
+    for (to, stored) in to.chunks_exact_mut(BLOCK).zip(blocks(place)) {
+        to.copy_from_slice(&stored[2..]);
+    }
+    interleave(to);
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::testing::{device, random, to_bf16};
     use super::*;
-    use crate::model::tensor::Dtype;
+    use std::borrow::Cow;
 
     fn tensor(seed: u64, rows: usize, columns: usize) -> (Tensor<'static>, Vec<bf16>) {
         let values = random(seed, rows * columns);
@@ -111,13 +187,33 @@ mod tests {
         (tensor, to_bf16(&values))
     }
 
+    fn numbers(matrix: &Matrix) -> Vec<bf16> {
+        let Weights::Bf16(numbers) = &matrix.weight else {
+            panic!("{:?}", matrix.weight.form());
+        };
+        numbers.read(0, numbers.len()).unwrap()
+    }
+
+    #[test]
+    fn the_form_follows_from_what_is_stored() {
+        let plain = tensor(1, 2, 64).0;
+        let q8 = plain.to_q8_0().unwrap();
+        let form = |parts: &[&Tensor], fp8| Matrix::form_of(parts.iter().copied(), fp8);
+        assert_eq!(form(&[&plain, &plain], false), Form::Bf16);
+        assert_eq!(form(&[&plain, &plain], true), Form::Fp8);
+        for fp8 in [false, true] {
+            assert_eq!(form(&[&q8, &q8], fp8), Form::Int8);
+            assert_eq!(form(&[&q8, &plain], fp8), Form::Bf16);
+        }
+    }
+
     #[test]
     fn parts_follow_each_other_and_rows_are_padded() {
         let device = device();
         let ((a, in_a), (b, in_b)) = (tensor(1, 3, 20), tensor(2, 1030, 20));
-        let matrix = Matrix::pack(&device, &[a, b]).unwrap();
+        let matrix = Matrix::pack(&device, &[a, b], false).unwrap();
         assert_eq!((matrix.out_features, matrix.stride), (1033, 24));
-        let got = matrix.weight.read(0, 1033 * 24).unwrap();
+        let got = numbers(&matrix);
         for (row, expected) in in_a.chunks(20).chain(in_b.chunks(20)).enumerate() {
             assert_eq!(got[row * 24..][..20], *expected);
             assert_eq!(got[row * 24 + 20..][..4], [bf16::ZERO; 4]);
@@ -128,9 +224,9 @@ mod tests {
     fn gates_and_ups_take_turns() {
         let device = device();
         let ((gate, in_gate), (up, in_up)) = (tensor(1, 37, 8), tensor(2, 37, 8));
-        let matrix = Matrix::pack_gated(&device, &gate, &up).unwrap();
+        let matrix = Matrix::pack_gated(&device, &gate, &up, false).unwrap();
         assert_eq!((matrix.out_features, matrix.width), (96, 37));
-        let got = matrix.weight.read(0, 96 * 8).unwrap();
+        let got = numbers(&matrix);
         let mut zeros = 96;
         for (values, is_up) in [(in_gate, false), (in_up, true)] {
             for (row, expected) in values.chunks(8).enumerate() {

@@ -23,12 +23,14 @@ pub mod gpu;
 mod graphs;
 pub mod images;
 mod kv_cache;
+pub mod limits;
 pub mod matmul;
 pub mod matmul_skinny;
 pub mod matmul_tiled;
 mod matrix;
 pub mod norm;
 mod plan;
+mod random_weights;
 mod rank;
 pub mod rope_append;
 pub mod sample;
@@ -37,6 +39,7 @@ mod step_memory;
 #[cfg(test)]
 mod testing;
 pub mod token_logprobs;
+pub mod weights;
 
 pub use backend::{Cuda, Rows};
 pub use graphs::{GraphUse, MAX_GRAPHS};
