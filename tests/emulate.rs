@@ -431,6 +431,7 @@ fn with_eight_bit_weights_candidate_k_is_the_same_too() {
         let checks = Checks {
             races: true,
             order_seed: Some(order),
+            ..Checks::default()
         };
         let models = eight_bits(checks).into_iter();
         models
