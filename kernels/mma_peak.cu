@@ -12,6 +12,8 @@ constexpr unsigned THREADS = 256;
 constexpr unsigned SUMS = 8;
 
 extern "C" __global__ void __launch_bounds__(THREADS) mma_peak(unsigned rounds, Global<float> out) {
+    launch_dependents();
+    wait_for_predecessor();
     const float x = static_cast<float>(threadIdx.x) * 0x1p-9f + 0.25f;
     const uint32_t a[4] = {pack_bf16(x, -x), pack_bf16(-x, x), pack_bf16(x, 1.0f), pack_bf16(-1.0f, -x)};
     const uint32_t b[2] = {pack_bf16(x, -1.0f), pack_bf16(-x, 1.0f)};

@@ -18,6 +18,8 @@ __device__ __forceinline__ uint32_t hash(uint32_t x) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     random_bf16(unsigned pairs, unsigned seed, float amplitude, Global<uint32_t> out) {
+    launch_dependents();
+    wait_for_predecessor();
     for (unsigned i = blockIdx.x * THREADS + threadIdx.x; i < pairs; i += gridDim.x * THREADS) {
         const uint32_t bits = hash(i ^ seed);
         const float x = static_cast<float>(bits & 0xFFFFu) * 0x1p-15f - 1.0f;
@@ -29,6 +31,8 @@ KERNEL(random_bf16)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     random_codes(unsigned words, unsigned seed, unsigned is_fp8, Global<uint32_t> out) {
+    launch_dependents();
+    wait_for_predecessor();
     for (unsigned i = blockIdx.x * THREADS + threadIdx.x; i < words; i += gridDim.x * THREADS) {
         uint32_t bits = hash(i ^ seed);
         // A byte of 0x7F or 0xFF loses its lowest bit: adding one to its lower seven carries into the eighth.
