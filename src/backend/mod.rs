@@ -6,7 +6,7 @@ pub mod random;
 pub mod sampling;
 
 use crate::model::config::{Activation, Rope};
-use crate::model::tensor::Tensor;
+use crate::model::tensor::{Dtype, Tensor};
 use crate::ranker::{ExtraInputs, Ranker, RankerError};
 use sampling::{SampleRow, Sampled};
 use std::sync::Arc;
@@ -175,9 +175,13 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// A gate and an up projection for [`Backend::norm_gated_matmul`].
     fn gated_matrix(&self, gate: &Tensor, up: &Tensor) -> Result<Self::Matrix, BackendError>;
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
-    /// Bytes that a stored tensor takes on the device.
-    fn bytes_on_device(&self, tensor: &Tensor) -> usize {
-        tensor.data.len()
+    /// Bytes that a tensor that is stored so takes on the device.
+    fn bytes_on_device(&self, dtype: Dtype, shape: &[usize]) -> usize {
+        let columns = shape.last().map_or(0, |&columns| columns);
+        let rows = shape[..shape.len().saturating_sub(1)]
+            .iter()
+            .product::<usize>();
+        rows * dtype.row_bytes(columns).unwrap_or(0)
     }
     /// Refuses what there is no memory for, before it is asked for: what it is, and its bytes. A device
     /// that pages, as a CPU does, refuses nothing.

@@ -12,10 +12,9 @@ use super::options::{Device, DtypeChoice, GlobalOptions};
 use super::progress::{Progress, Unit};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
-use crate::backend::cuda::Cuda;
-use crate::backend::cuda::device::Device as DeviceOfKernels;
 use crate::backend::cuda::emulated::{Checks, Emulated};
 use crate::backend::cuda::gpu::Gpu;
+use crate::backend::cuda::{self, Cuda};
 use crate::backend::sampling::SamplingParams;
 use crate::backend::{Backend, BackendError};
 use crate::engine::scheduler::Limits;
@@ -391,14 +390,14 @@ fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
     }
 }
 
-fn cuda(device: Arc<dyn DeviceOfKernels>, options: &GlobalOptions) -> Cuda {
-    let mut cuda = Cuda::new(device);
-    if is_off(GRAPHS_VARIABLE) {
-        cuda = cuda.without_graphs();
-    }
-    match options.dtype {
-        DtypeChoice::Auto | DtypeChoice::Q8 => cuda,
-        DtypeChoice::Fp8 => cuda.fp8(),
+fn cuda(device: Arc<dyn cuda::device::Device>, options: &GlobalOptions) -> Cuda {
+    let cuda = match options.dtype {
+        DtypeChoice::Auto | DtypeChoice::Q8 => Cuda::new(device),
+        DtypeChoice::Fp8 => Cuda::new(device).fp8(),
+    };
+    match is_off(GRAPHS_VARIABLE) {
+        true => cuda.without_graphs(),
+        false => cuda,
     }
 }
 

@@ -8,7 +8,7 @@
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::files::ModelFiles;
-use super::tensor::{Tensor, check_finite};
+use super::tensor::{Dtype, Tensor, check_finite};
 use crate::backend::sampling::Sampled;
 use crate::backend::{
     Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PageId, PlannedRows,
@@ -407,7 +407,12 @@ fn needs<B: Backend>(
 ) -> Result<Vec<(String, usize)>, ModelError> {
     let mut weights = 0;
     for name in files.tensor_names() {
-        weights += backend.bytes_on_device(&files.tensor(name)?);
+        let tensor = files.tensor(name)?;
+        let dtype = match files.quantize && tensor.becomes_q8_0() {
+            true => Dtype::Q8_0,
+            false => tensor.dtype,
+        };
+        weights += backend.bytes_on_device(dtype, &tensor.shape);
     }
     let (heads, kv_heads) = (config.heads, config.kv_heads);
     let row = 3 * config.hidden_size

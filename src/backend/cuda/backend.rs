@@ -17,13 +17,14 @@ use super::rope_append::{self, rope_append};
 use super::sample::{self, sample};
 use super::step_memory::{Growing, Layout};
 use super::token_logprobs::token_logprobs;
+use super::weights::Form;
 use crate::backend::sampling::{SampleRow, Sampled};
 use crate::backend::{
     Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PageId, PlannedRows,
     Ranked, Ranking,
 };
 use crate::model::config::{Activation, Rope};
-use crate::model::tensor::Tensor;
+use crate::model::tensor::{Dtype, Tensor};
 use crate::ranker::RankerError;
 use half::bf16;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -105,6 +106,12 @@ impl Cuda {
         }
     }
 
+    /// The same, keeping weight matrices that are stored as numbers in e4m3 with a scale an output: half
+    /// the memory and bandwidth of 16 bits.
+    pub fn fp8(self) -> Cuda {
+        Cuda { fp8: true, ..self }
+    }
+
     /// The same, every step launched operation by operation.
     #[must_use]
     pub fn without_graphs(self) -> Cuda {
@@ -117,12 +124,6 @@ impl Cuda {
     /// How steps that can be recorded were run.
     pub fn graph_use(&self) -> &GraphUse {
         &self.graph_use
-    }
-
-    /// The same, keeping weight matrices that are stored as numbers in e4m3 with a scale an output: half
-    /// the memory and bandwidth of 16 bits.
-    pub fn fp8(self) -> Cuda {
-        Cuda { fp8: true, ..self }
     }
 
     pub fn device(&self) -> &Arc<dyn Device> {
@@ -232,10 +233,11 @@ impl Backend for Cuda {
         matrix.bytes()
     }
 
-    fn bytes_on_device(&self, tensor: &Tensor) -> usize {
-        match &tensor.shape[..] {
-            [_] | [] => tensor.shape.iter().product::<usize>() * size_of::<f32>(),
-            _ => Matrix::bytes_of(tensor, self.fp8),
+    fn bytes_on_device(&self, dtype: Dtype, shape: &[usize]) -> usize {
+        match *shape {
+            [] => size_of::<f32>(),
+            [len] => len * size_of::<f32>(),
+            [rows, .., columns] => Form::of(dtype, self.fp8).bytes(rows, columns),
         }
     }
 

@@ -53,21 +53,14 @@ impl Matrix {
                 places[gated_row(row, is_up)] = Some((tensor, row));
             }
         }
-        let form = match (Matrix::form_of([gate], fp8), Matrix::form_of([up], fp8)) {
-            (gate, up) if gate == up => gate,
-            _ => Form::Bf16,
-        };
+        let form = Matrix::form_of([gate, up], fp8);
         Matrix::upload(device, form, width, &places)
     }
 
-    /// What parts of a matrix become: bytes where all are stored as Q8_0; e4m3 where that is wanted and
-    /// none is in blocks already; else bfloat16, rounded to nearest.
+    /// What parts of a matrix become: [`Form::of`] each where that is the same for all, else bfloat16,
+    /// rounded to nearest.
     fn form_of<'a>(parts: impl IntoIterator<Item = &'a Tensor<'a>>, fp8: bool) -> Form {
-        let forms = parts.into_iter().map(|part| match part.dtype {
-            Dtype::Q8_0 => Form::Int8,
-            dtype if fp8 && dtype.block_len() == 1 => Form::Fp8,
-            _ => Form::Bf16,
-        });
+        let forms = parts.into_iter().map(|part| Form::of(part.dtype, fp8));
         forms
             .reduce(|a, b| if a == b { a } else { Form::Bf16 })
             .unwrap_or(Form::Bf16)
@@ -84,8 +77,8 @@ impl Matrix {
         let first = places.iter().flatten().next();
         let in_features = first.map_or(0, |(tensor, _)| tensor.columns());
         let stride = form.stride(in_features);
-        let mut weight = Weights::new(device, form, out_features, in_features)?;
         let whole = out_features * stride;
+        let mut weight = Weights::new(device, form, out_features, in_features)?;
         match &mut weight {
             Weights::Bf16(numbers) => numbers.fill(0, whole, stride, |row, to| {
                 to.fill(bf16::ZERO);
@@ -96,28 +89,32 @@ impl Matrix {
             Weights::Int8 { codes, scales } => {
                 codes.fill(0, whole, stride, |row, to| {
                     to.fill(0);
-                    copy_codes(places[row], to);
+                    for (to, stored) in to.chunks_exact_mut(BLOCK).zip(blocks(places[row])) {
+                        to.copy_from_slice(&stored[2..]);
+                    }
+                    interleave(to);
                 })?;
-                let mut of_matrix = vec![f16::ZERO; int8_scales_len(out_features, in_features)];
+                let mut of_blocks = vec![f16::ZERO; int8_scales_len(out_features, in_features)];
                 for (row, place) in places.iter().enumerate() {
                     for (block, stored) in blocks(*place).enumerate() {
-                        of_matrix[int8_scale_at(out_features, row, block)] =
+                        of_blocks[int8_scale_at(out_features, row, block)] =
                             f16::from_le_bytes([stored[0], stored[1]]);
                     }
                 }
-                scales.write(0, &of_matrix)?;
+                scales.write(0, &of_blocks)?;
             }
             Weights::Fp8 { codes, scales } => {
+                // Found where a row is rounded, on several threads.
                 let of_rows: Vec<AtomicU32> = places.iter().map(|_| AtomicU32::new(0)).collect();
                 codes.fill(0, whole, stride, |row, to| {
                     to.fill(0);
                     let scale = quantize_fp8(&widen(places[row]), to);
-                    of_rows[row].store(scale.to_bits(), Ordering::Relaxed);
                     interleave(to);
+                    of_rows[row].store(scale.to_bits(), Ordering::Relaxed);
                 })?;
                 let of_rows = of_rows
                     .into_iter()
-                    .map(|bits| f32::from_bits(bits.into_inner()));
+                    .map(|scale| f32::from_bits(scale.into_inner()));
                 scales.write(0, &of_rows.collect::<Vec<_>>())?;
             }
         }
@@ -127,18 +124,6 @@ impl Matrix {
             stride,
             width,
         })
-    }
-
-    /// Bytes of a stored matrix on the device.
-    pub fn bytes_of(tensor: &Tensor, fp8: bool) -> usize {
-        let form = Matrix::form_of([tensor], fp8);
-        let (rows, columns) = (tensor.rows(), tensor.columns());
-        let numbers = rows * form.stride(columns);
-        match form {
-            Form::Bf16 => numbers * size_of::<bf16>(),
-            Form::Int8 => numbers + int8_scales_len(rows, columns) * size_of::<f16>(),
-            Form::Fp8 => numbers + rows * size_of::<f32>(),
-        }
     }
 
     /// Bytes on the device.
@@ -161,13 +146,6 @@ fn widen(place: Option<Row>) -> Vec<f32> {
 fn blocks<'a>(place: Option<Row<'a>>) -> impl Iterator<Item = &'a [u8]> {
     let bytes = place.map_or(&[][..], |(tensor, row)| tensor.row(row));
     bytes.chunks_exact(Dtype::Q8_0.block_bytes())
-}
-
-fn copy_codes(place: Option<Row>, to: &mut [u8]) {
-    for (to, stored) in to.chunks_exact_mut(BLOCK).zip(blocks(place)) {
-        to.copy_from_slice(&stored[2..]);
-    }
-    interleave(to);
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The forms of weights on the device (`kernels/weights.cuh`): bfloat16, or eight-bit codes and scales.
 
 use super::device::{Buffer, Device, DeviceError};
+use crate::model::tensor::Dtype;
 use half::{bf16, f16};
 use std::sync::Arc;
 
@@ -32,6 +33,26 @@ impl Form {
         match self {
             Form::Bf16 => in_features.next_multiple_of(8),
             Form::Int8 | Form::Fp8 => in_features.next_multiple_of(16),
+        }
+    }
+
+    /// What becomes of weights that are stored so: Q8_0 stays, numbers become e4m3 where that is wanted,
+    /// all else bfloat16.
+    pub fn of(dtype: Dtype, fp8: bool) -> Form {
+        match dtype {
+            Dtype::Q8_0 => Form::Int8,
+            dtype if fp8 && dtype.block_len() == 1 => Form::Fp8,
+            _ => Form::Bf16,
+        }
+    }
+
+    /// Bytes of a matrix on the device.
+    pub fn bytes(self, out_features: usize, in_features: usize) -> usize {
+        let numbers = out_features * self.stride(in_features);
+        match self {
+            Form::Bf16 => numbers * size_of::<bf16>(),
+            Form::Int8 => numbers + int8_scales_len(out_features, in_features) * size_of::<f16>(),
+            Form::Fp8 => numbers + out_features * size_of::<f32>(),
         }
     }
 
