@@ -268,6 +268,7 @@ fn a_recording_that_kept_what_changes_would_be_noticed() {
         let mut engine = crowd(&folder("qwen3"), Cuda::new(watched.clone()));
         let mut request = requests().remove(0);
         request.stop_token_ids.clear();
+        request.feature_layers.clear();
         request.ignore_end = true;
         let generated = engine.generate(&request, &mut |_| Continue(())).unwrap();
         assert!(*watched.replayed.lock().unwrap());
