@@ -54,7 +54,7 @@ __device__ __forceinline__ unsigned warp_index() { return threadIdx.x / WARP_SIZ
 
 // Waits until the kernels before this one have ended and their writes are visible: the one before has waited for its own
 // predecessor, and so on. Every thread of every kernel calls it, also one that has nothing to do; before it a kernel writes
-// nothing, and reads nothing that kernels write. The emulation reports what does not keep to that.
+// nothing, and reads nothing that they may be writing. The emulation reports what does not keep to that.
 __device__ __forceinline__ void wait_for_predecessor() {
 #ifdef PODIUM_EMULATE
     emulate::wait_for_predecessor();

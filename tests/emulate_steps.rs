@@ -97,13 +97,13 @@ fn requests() -> Vec<GenerateRequest> {
         .into_iter()
         .enumerate()
         .map(|(i, (n, prompt, tokens))| {
-            let prompt = (0..prompt).map(|t| (t * t + 7 * i as u32) % 300);
+            let prompt = (0..prompt).map(|t| (t * t + 7 * i as u32) % 280);
             let mut request = GenerateRequest::new(prompt.collect());
             (request.n, request.max_tokens, request.seed) = (n, tokens, i as u64);
             request.sampling.temperature = 1.5;
             request.feature_layers = vec![1, 2];
             // A twentieth of the tokens end an answer, so that few reach the limit.
-            request.stop_token_ids = (0..300).filter(|t| t % 20 == 3).collect();
+            request.stop_token_ids = (0..280).filter(|t| t % 20 == 3).collect();
             match i {
                 0 => request.sampling.repetition_penalty = 1.3,
                 1 => request.top_logprobs = 3,
@@ -268,6 +268,7 @@ fn a_recording_that_kept_what_changes_would_be_noticed() {
         let mut engine = crowd(&folder("qwen3"), Cuda::new(watched.clone()));
         let mut request = requests().remove(0);
         request.stop_token_ids.clear();
+        request.feature_layers.clear();
         request.ignore_end = true;
         let generated = engine.generate(&request, &mut |_| Continue(())).unwrap();
         assert!(*watched.replayed.lock().unwrap());
@@ -463,9 +464,11 @@ fn what_does_not_fit_is_refused_before_it_starts() {
     );
     assert!(refused.ends_with("1.0 MB free"), "{refused}");
 
-    let mut engine = engine(&path, with(80 << 20));
+    let mut model = load(&path, with(80 << 20)).unwrap();
+    model.config.max_position_embeddings = 1 << 20;
+    let mut engine = Engine::without_text(model).unwrap();
     let mut request = GenerateRequest::new((0..20).collect());
-    (request.n, request.max_tokens) = (1024, 100);
+    (request.n, request.max_tokens) = (64, 100_000);
     let launched = |engine: &Engine<Cuda>| engine.load().computed_tokens;
     let proceed = &mut |_: podium::engine::Event| Continue(());
     let refused = engine.generate(&request, proceed).unwrap_err().to_string();

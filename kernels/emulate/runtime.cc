@@ -692,7 +692,7 @@ std::uint64_t podium_emulate_allocate(std::uint64_t bytes) {
         std::free(base);
         return 0;
     }
-    allocations[id] = {base, bytes, false};
+    allocations[id] = {base, bytes, 0};
     return id << OFFSET_BITS;
 }
 
@@ -700,7 +700,7 @@ void podium_emulate_free(std::uint64_t address) {
     const std::lock_guard guard(allocations_lock);
     Allocation& allocation = allocations[address >> OFFSET_BITS];
     std::free(allocation.base);
-    allocation = {nullptr, 0, false};
+    allocation = {nullptr, 0, 0};
     freed_allocations.push_back(address >> OFFSET_BITS);
 }
 
@@ -727,6 +727,7 @@ int podium_emulate_block(const Kernel* kernel, const Launch* launch, void* const
     block.index = {index[0], index[1], index[2]};
     block.threads = size[0] * size[1] * size[2];
     block.shared_bytes = launch->shared_bytes;
+    block.era = launch->era;
     block.find_races = launch->find_races != 0;
     block.shared = w.shared;
     std::memset(w.shared, 0xFF, launch->shared_bytes);

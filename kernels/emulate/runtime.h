@@ -14,8 +14,8 @@
 //   barriers        all threads must come to the same one
 //   uninitialised   fresh memory of either kind is 0xFF in every byte: NaN as float32, bfloat16 and float16
 //   early access    a kernel may start while those before it run (programmatic dependent launch). So each thread must
-//                   wait for them (wait_for_predecessor); before that it must write nothing, and read nothing that any
-//                   kernel has written
+//                   wait for them (wait_for_predecessor); before that it must write nothing, and read nothing that a
+//                   kernel has written since the host last waited for all of them
 #pragma once
 
 #include <atomic>
@@ -39,6 +39,7 @@ struct Launch {
     unsigned shared_bytes;
     unsigned find_races;    // 0 or 1
     std::uint64_t order_seed;  // 0: threads in turn; else the seed of a random order
+    unsigned era;              // of the device: how often the host has waited for it, from 1 on
 };
 
 struct Place {
@@ -85,7 +86,7 @@ using WarpOperation = void (*)(void* const* lanes, std::uint32_t mask);
 // The block that this CPU thread runs, and its thread that is at work.
 struct Block {
     dim3 grid_size, block_size, index;
-    unsigned threads = 0, shared_bytes = 0;
+    unsigned threads = 0, shared_bytes = 0, era = 0;
     bool find_races = false;
     char* shared = nullptr;
     Thread* current = nullptr;
@@ -105,7 +106,7 @@ void warp_barrier(std::uint32_t mask, Place place);
 struct Allocation {
     char* base;
     std::uint64_t bytes;
-    bool written;  // by a kernel; blocks that run in parallel set it, never back
+    unsigned written;  // the era in which a kernel wrote to it last; blocks that run in parallel set it
 };
 constexpr unsigned OFFSET_BITS = 40;
 constexpr std::uint64_t MAX_ALLOCATIONS = 1 << 20;
@@ -123,9 +124,9 @@ inline char* global_bytes(std::uint64_t address, std::size_t bytes, std::size_t 
         fail_global(address, bytes, alignment);
     Allocation& allocation = allocations[id];
     const std::atomic_ref written(allocation.written);
-    const bool was_written = written.load(std::memory_order_relaxed);
-    if (!block.current->after_predecessor && (may_write || was_written)) [[unlikely]] fail_early(may_write);
-    if (may_write && !was_written) written.store(true, std::memory_order_relaxed);
+    const bool is_written = written.load(std::memory_order_relaxed) == block.era;
+    if (!block.current->after_predecessor && (may_write || is_written)) [[unlikely]] fail_early(may_write);
+    if (may_write && !is_written) written.store(block.era, std::memory_order_relaxed);
     return allocation.base + offset;
 }
 

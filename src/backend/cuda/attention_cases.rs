@@ -174,7 +174,8 @@ impl Case {
         let addresses: Vec<Address> = self.pages.iter().map(|(_, page)| page.address()).collect();
         // Rows beyond those of the batch, which must stay as they are.
         let spare = 3 * self.shape.heads * self.shape.head_dim;
-        let out = Buffer::new(&self.device, len + spare, "out").unwrap();
+        let out = vec![f32::NAN; len + spare];
+        let out = Buffer::from_slice(&self.device, &out, "out").unwrap();
         let addresses = Buffer::from_slice(&self.device, &addresses, "pages").unwrap();
         let positions = Buffer::from_slice(&self.device, &positions, "positions").unwrap();
         let mut packer = Packer::default();

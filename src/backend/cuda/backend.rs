@@ -77,11 +77,6 @@ impl Rows {
         &self.buffer
     }
 
-    #[cfg(test)]
-    pub(super) fn buffer_mut(&mut self) -> &mut Buffer<f32> {
-        &mut self.buffer
-    }
-
     pub(super) fn width(&self) -> usize {
         self.width
     }

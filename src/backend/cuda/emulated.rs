@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 /// `emulate::Kernel`, which only C++ looks into.
@@ -26,6 +26,7 @@ struct RawLaunch {
     shared_bytes: u32,
     find_races: u32,
     order_seed: u64,
+    era: u32,
 }
 
 unsafe extern "C" {
@@ -72,6 +73,8 @@ pub struct Emulated {
     /// Threads that run blocks; rayon's own where there are none.
     pool: Option<ThreadPool>,
     launches: AtomicU64,
+    /// How often the host has waited, from 1 on: then no kernel is running that wrote before.
+    era: AtomicU32,
     memory: Mutex<Allocations>,
     ring: Mutex<Ring>,
     pinned: Mutex<Vec<Box<[u128]>>>,
@@ -147,6 +150,7 @@ impl Emulated {
             fault: Mutex::default(),
             pool: None,
             launches: AtomicU64::new(0),
+            era: AtomicU32::new(1),
             memory: Mutex::default(),
             ring: Mutex::new(Ring::new(UPLOAD_PIECES, UPLOAD_PIECE_BYTES)),
             pinned: Mutex::default(),
@@ -343,6 +347,7 @@ impl Device for Emulated {
     fn download(&self, from: Address, to: &mut [u8]) -> Result<(), DeviceError> {
         self.not_recording("the host read something meanwhile")?;
         self.do_copies(None);
+        self.era.fetch_add(1, Ordering::Relaxed);
         let from = Self::bytes(from, to.len())?;
         // SAFETY: as many bytes are there, and the device's memory is nobody else's.
         unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
@@ -418,6 +423,7 @@ impl Device for Emulated {
             shared_bytes,
             find_races: u32::from(self.checks.races),
             order_seed: self.checks.order_seed.map_or(0, |seed| seed | 1),
+            era: self.era.load(Ordering::Relaxed),
         };
         let pointers = Shared(arguments.pointers().as_ptr());
         let stop = AtomicBool::new(false);
@@ -508,6 +514,7 @@ impl Device for Emulated {
     fn synchronize(&self) -> Result<(), DeviceError> {
         self.not_recording("the host waited meanwhile")?;
         self.do_copies(None);
+        self.era.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
@@ -670,7 +677,7 @@ mod tests {
     }
 
     /// What the host sent may be read early (weights are); what a kernel wrote may not, be it the one
-    /// before or one long ago.
+    /// before or one before that, until the host has waited.
     #[test]
     fn what_kernels_wrote_is_not_read_before_the_wait() {
         for kernel in ["fault_early_read", "fault_early_copy"] {
@@ -688,6 +695,9 @@ mod tests {
                 // SAFETY: the kernels take an input and an output.
                 unsafe { device.launch(kernel, shape, &mut arguments![from, to]) }
             };
+            run("fault_none_copy", &input, &middle).unwrap();
+            device.synchronize().unwrap();
+            run(kernel, &middle, &out).unwrap();
             run("fault_none_copy", &input, &middle).unwrap();
             run("fault_none_copy", &input, &out).unwrap();
             let error = run(kernel, &middle, &out).unwrap_err().to_string();

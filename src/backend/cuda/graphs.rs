@@ -143,6 +143,7 @@ impl Graphs {
 mod tests {
     use super::super::device::{Buffer, Launch};
     use super::super::embed::embed;
+    use super::super::emulated::Emulated;
     use super::super::testing::device;
     use super::super::weights::Weights;
     use super::*;
@@ -186,8 +187,7 @@ mod tests {
     }
 
     impl Case {
-        fn new() -> Case {
-            let device = device();
+        fn new(device: Arc<dyn Device>) -> Case {
             let table: Vec<bf16> = (0..32).map(|i| bf16::from_f32(i as f32)).collect();
             Case {
                 table: Weights::Bf16(Buffer::from_slice(&device, &table, "table").unwrap()),
@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn what_is_sent_is_read_anew_and_arguments_are_not() {
-        let mut case = Case::new();
+        let mut case = Case::new(device());
         let (mut graphs, usage) = (Graphs::default(), GraphUse::default());
         for (i, tokens) in [[0u32, 1], [2, 3], [3, 0], [1, 1]].iter().enumerate() {
             case.tokens.write(0, tokens).unwrap();
@@ -238,7 +238,7 @@ mod tests {
 
     #[test]
     fn the_recording_that_was_not_used_for_longest_gives_way() {
-        let case = Case::new();
+        let case = Case::new(device());
         let (mut graphs, usage) = (Graphs::default(), GraphUse::default());
         let mut run = |rows: usize| {
             let mut step = || case.launch(1.0);
@@ -261,7 +261,7 @@ mod tests {
     #[test]
     fn a_recording_holds_no_more_than_launches_and_copies() {
         let refused = |act: &mut dyn FnMut(&Case) -> Result<(), DeviceError>| {
-            let case = Case::new();
+            let case = Case::new(device());
             case.device.begin_recording().unwrap();
             let refused = act(&case).unwrap_err();
             assert!(matches!(refused, DeviceError::Recording(_)), "{refused}");
@@ -282,7 +282,7 @@ mod tests {
     /// Nothing is done while it is recorded, and a fault shows when it is replayed.
     #[test]
     fn a_recording_is_not_done() {
-        let case = Case::new();
+        let case = Case::new(Arc::new(Emulated::default()));
         let mut shape = Launch::blocks(1, 64);
         shape.shared_bytes = 256;
         let faulty = || {

@@ -58,6 +58,8 @@ impl Matrix {
                 scales.write(0, &vec![scale; scales.len()])?;
             }
         }
+        // Products read weights before they wait for the kernels before them.
+        device.synchronize()?;
         Ok(Matrix {
             weight,
             out_features,

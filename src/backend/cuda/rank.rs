@@ -132,7 +132,7 @@ mod tests {
         let width = prompt.len();
         let mut rows = cuda.rows(1 + candidates.len() / width, width).unwrap();
         let all = [&prompt[..], candidates].concat();
-        rows.buffer_mut().write(0, &all).unwrap();
+        rows.write(&all).unwrap();
         rows
     }
 
