@@ -141,7 +141,7 @@ impl Session {
         let for_text = tokenizer.as_ref().ok();
         let engine = match backend {
             AnyBackend::Cpu(cpu) => boxed_engine(load(cpu, &files)?, for_text)?,
-            AnyBackend::Cuda(cuda) => boxed_engine(load(cuda, &files)?, for_text)?,
+            AnyBackend::Cuda(cuda) => boxed_engine(load(*cuda, &files)?, for_text)?,
         };
         let session = Session {
             engine,
@@ -355,7 +355,7 @@ fn boxed_engine<B: Backend>(
 
 enum AnyBackend {
     Cpu(Cpu),
-    Cuda(Cuda),
+    Cuda(Box<Cuda>),
 }
 
 /// The device that was asked for.
@@ -372,7 +372,7 @@ fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
             if is_off(DEPENDENT_LAUNCH_VARIABLE) {
                 gpu = gpu.without_dependent_launch();
             }
-            Ok(AnyBackend::Cuda(cuda(Arc::new(gpu), options)))
+            Ok(AnyBackend::Cuda(Box::new(cuda(Arc::new(gpu), options))))
         }
         Device::Emulate => {
             let threads = options.threads()?;
@@ -385,7 +385,10 @@ fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
             let emulated = emulated.map_err(|reason| {
                 CliError::Failed(format!("cannot start {threads} threads: {reason}"))
             })?;
-            Ok(AnyBackend::Cuda(cuda(Arc::new(emulated), options)))
+            Ok(AnyBackend::Cuda(Box::new(cuda(
+                Arc::new(emulated),
+                options,
+            ))))
         }
     }
 }

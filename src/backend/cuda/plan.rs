@@ -27,11 +27,14 @@ pub struct Plan {
     /// Pages that rows attend to, and how.
     pub tables: Slice<Address>,
     pub attention: AttentionPlan,
-    angles: Vec<(Rope, Arc<Buffer<f32>>)>,
+    angles: RopeAngles,
     pub draws: Option<DrawPlan>,
     /// Where the step may be recorded, and as what.
     pub graph: Option<(Arc<Mutex<Graphs>>, Key)>,
 }
+
+/// The angles of each rope ([`AngleTables`]).
+type RopeAngles = Vec<(Rope, Arc<Buffer<f32>>)>;
 
 /// What is drawn.
 pub struct DrawPlan {
@@ -233,8 +236,8 @@ impl AngleTables {
         layout: &Layout,
         ropes: &[&Rope],
         positions: usize,
-    ) -> Result<Vec<(Rope, Arc<Buffer<f32>>)>, DeviceError> {
-        let mut angles: Vec<(Rope, Arc<Buffer<f32>>)> = Vec::new();
+    ) -> Result<RopeAngles, DeviceError> {
+        let mut angles = RopeAngles::new();
         for &rope in ropes {
             if !angles.iter().any(|(known, _)| known == rope) {
                 angles.push((rope.clone(), self.of(device, layout, rope, positions)?));
