@@ -172,31 +172,38 @@ impl Bench {
                         "down" => Epilogue::Add,
                         _ => Epilogue::Gated(Activation::Silu),
                     };
-                    self.time(
-                        &mut group,
-                        format!("{kernel}, {rows} rows"),
-                        throughput,
-                        |i| {
-                            let weight = &matrices[i % matrices.len()];
-                            let operands = Operands {
-                                x: &x,
-                                weight: &weight.weight,
-                                bias: None,
-                                epilogue,
-                                shape: Shape {
-                                    rows,
-                                    out_features,
-                                    stride: weight.stride,
-                                    width,
-                                },
-                                out: &out,
-                            };
-                            match few {
-                                true => matmul_skinny(&*self.device, &operands),
-                                false => matmul_tiled(&*self.device, &operands),
-                            }
+                    let operands = |number: usize| Operands {
+                        x: &x,
+                        weight: &matrices[number % matrices.len()].weight,
+                        bias: None,
+                        epilogue,
+                        shape: Shape {
+                            rows,
+                            out_features,
+                            stride: matrices[0].stride,
+                            width,
                         },
-                    );
+                        out: &out,
+                    };
+                    let what = format!("{kernel}, {rows} rows");
+                    self.time(&mut group, what, throughput.clone(), |i| match few {
+                        true => matmul_skinny(&*self.device, &operands(i)),
+                        false => matmul_tiled(&*self.device, &operands(i)),
+                    });
+                    if few {
+                        continue;
+                    }
+                    // On Hopper, weights of bfloat16.
+                    let maps = (0..matrices.len()).map(|i| {
+                        let Operands { weight, shape, .. } = operands(i);
+                        TileMaps::new(&self.device, &x, weight, shape).expect("memory")
+                    });
+                    if let Some(maps) = maps.collect::<Option<Vec<_>>>() {
+                        let what = format!("wgmma, {rows} rows");
+                        self.time(&mut group, what, throughput, |i| {
+                            matmul_wgmma(&*self.device, &operands(i), &maps[i % maps.len()])
+                        });
+                    }
                 }
             }
         }
