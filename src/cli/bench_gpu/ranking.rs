@@ -106,7 +106,7 @@ fn listwise(hidden_size: usize) -> Result<Ranker, CliError> {
         normalization: Normalization::Rms,
         extra_inputs: Vec::new(),
         model_name: "made up".to_string(),
-        model_fingerprint: String::new(),
+        model_fingerprint: "none".to_string(),
         training: Default::default(),
         metrics: Default::default(),
     };
