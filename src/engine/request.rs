@@ -85,6 +85,8 @@ pub struct Candidate {
     pub token_logprobs: Vec<f32>,
     /// For each token, the most probable ones at its place.
     pub top_logprobs: Vec<Vec<(u32, f32)>>,
+    /// The end token that was drawn behind them, if one ended the answer.
+    pub end_token: Option<(u32, TokenLogprob)>,
     /// Mean over the tokens of the divergence from the uniform distribution, in nats.
     pub self_certainty: f64,
     /// From the ranker.

@@ -162,6 +162,7 @@ fn written(completion: Completion, ask: &Ask) -> Generated {
             candidate.token_ids.clear();
             candidate.token_logprobs.clear();
             candidate.top_logprobs.clear();
+            candidate.end_token = None;
             candidate.finish_reason = Some(FinishReason::Length);
         }
     }
@@ -258,7 +259,7 @@ impl Frame {
             true => scored_prompt(&prompt.token_ids, &generated.prompt_logprobs),
             false => Vec::new(),
         };
-        tokens.extend(scored_tokens(candidate));
+        tokens.extend(scored_tokens(self.ask.form, candidate));
         let tokenizer = &self.state.tokenizer;
         logprobs_json(self.ask.form, tokenizer, &tokens, alternatives, &mut 0)
     }
@@ -568,8 +569,8 @@ impl Follower {
                 // Tokens without text of their own, such as the last of a broken character.
                 if let Some(alternatives) = ask.logprobs {
                     let unsent = &mut self.unsent[choice];
-                    let rest = scored_tokens(candidate)
-                        .split_off(unsent.sent_tokens.min(candidate.token_ids.len()));
+                    let mut rest = scored_tokens(ask.form, candidate);
+                    rest.drain(..unsent.sent_tokens.min(candidate.token_ids.len()));
                     if !rest.is_empty() {
                         let offset = &mut unsent.offset;
                         let logprobs =

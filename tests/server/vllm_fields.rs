@@ -28,6 +28,36 @@ fn an_answer_can_have_a_least_length() {
     );
 }
 
+/// Evaluations ask for one token behind a prompt, and leave the last of the log-probabilities out.
+#[test]
+fn an_end_token_is_among_a_completions_logprobs() {
+    let model = ChatModel::new(1);
+    let server = Running::start(model.path(), &[]);
+    let ask = json!({"prompt": "Hello there", "max_tokens": 1, "temperature": 0, "echo": true,
+        "logprobs": 1, "return_all": true});
+    let free = server.answer("/v1/completions", with(&ask, json!({"ignore_eos": true})));
+    let token = &free["podium"]["results"][0]["candidates"][0]["token_ids"][0];
+    let ended = with(&ask, json!({"stop_token_ids": [token]}));
+    for more in [json!({}), json!({"best_of": 3})] {
+        let answer = server.answer("/v1/completions", with(&ended, more));
+        assert_eq!(answer["usage"]["completion_tokens"], 0);
+        assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+        for list in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+            let of_choice = |answer: &Value| answer["choices"][0]["logprobs"][list].clone();
+            assert_eq!(of_choice(&answer), of_choice(&free), "{list}");
+        }
+    }
+    let body = with(&ended, json!({"echo": false, "stream": true}));
+    let events = server.events("/v1/completions", &body);
+    let streamed: Vec<&Value> = events
+        .iter()
+        .filter_map(|(_, chunk)| chunk["choices"][0]["logprobs"]["token_logprobs"].as_array())
+        .flatten()
+        .collect();
+    let all = free["choices"][0]["logprobs"]["token_logprobs"].as_array();
+    assert_eq!(streamed, [all.unwrap().last().unwrap()]);
+}
+
 #[test]
 fn prompts_are_truncated_where_that_is_asked_for() {
     let model = ChatModel::new(1);

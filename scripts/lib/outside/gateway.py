@@ -27,11 +27,11 @@ def gateway_command(smg: Path, port: int, metrics: int, workers: list) -> list:
 def chat(index: int, stream: bool = False, **fields) -> dict:
     # Prompts in four families, each with a beginning of its own for the gateway to recognise.
     family = index % 4
-    prompt = f"Story {family}: " + f"word{family} " * 60 + f"Question {index}?"
+    prompt = f"Story {family}: " + f"word{family} " * 30 + f"Question {index}?"
     return {
         "model": NAME,
         "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": 24,
+        "max_tokens": 12,
         "seed": index,
         "stream": stream,
         **fields,
@@ -71,7 +71,7 @@ def passes_through(gateway: int, workers: list) -> None:
     for index in range(24):
         answer = results[index]
         assert answer["podium"]["best_of"] == 4 and answer["podium"]["ranker"] == "gcd", answer["podium"]
-        assert answer["usage"]["completion_tokens"] > 24, answer["usage"]
+        assert answer["usage"]["completion_tokens"] > 12, answer["usage"]
         # Behind the gateway or not: the same.
         direct = post(workers[index % 2], "/v1/chat/completions", chat(index))
         assert direct["choices"] == answer["choices"], index
@@ -80,6 +80,13 @@ def passes_through(gateway: int, workers: list) -> None:
     # And what a request says itself goes through too.
     assert post(gateway, "/v1/chat/completions", chat(0, best_of=2))["podium"]["best_of"] == 2
     print(f"24 best-of-4 requests by model name: all as asked, shared {shares[0]} and {shares[1]}")
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
 
 
 def survives(gateway: int, workers: list, processes: list, logs: list) -> None:
@@ -92,40 +99,39 @@ def survives(gateway: int, workers: list, processes: list, logs: list) -> None:
             stream = index % 2 == 0
             name = f"kill-{index}"
             before = not killed.is_set()
-            started = time.monotonic()
             try:
                 headers = {"x-request-id": name}
                 status, _, text = request(gateway, "POST", "/v1/chat/completions", chat(index, stream), headers)
-                whole = text.rstrip().endswith("[DONE]") if stream else status == 200 and '"finish_reason"' in text
-                outcomes[name] = (status == 200 and whole, before, f"{status} {text[-300:]}", time.monotonic() - started)
+                # A stream that broke off behind the gateway ends with an error event.
+                whole = status == 200 and '"finish_reason"' in text and '"error"' not in text
+                whole = whole and (not stream or text.rstrip().endswith("[DONE]"))
+                outcomes[name] = (whole, before, f"{status} {text[-300:]}")
             except OSError as error:
-                outcomes[name] = (False, before, repr(error), time.monotonic() - started)
+                outcomes[name] = (False, before, repr(error))
             index += 8
 
     clients = [threading.Thread(target=client, args=[index]) for index in range(8)]
     for thread in clients:
         thread.start()
-    time.sleep(4)
+    wait_for(lambda: len(outcomes) >= 8)
     load = json.loads(request(workers[1], "GET", "/load")[2])
     processes[1].kill()
     killed.set()
-    time.sleep(8)
+    wait_for(lambda: sum(ok and not before for ok, before, _ in list(outcomes.values())) >= 24)
     done.set()
     for thread in clients:
         thread.join()
-    log = logs[1].read_text()
     failed = {name: outcome for name, outcome in outcomes.items() if not outcome[0]}
-    for name, (_, before, what, _) in failed.items():
+    for name, (_, before, what) in failed.items():
         # It was sent before the kill, and no other worker had it.
         assert before and name not in logs[0].read_text(), f"{name} failed: {what}"
     good = len(outcomes) - len(failed)
-    after = sum(1 for ok, before, _, _ in outcomes.values() if ok and not before)
-    assert after > 8, outcomes
+    after = sum(ok and not before for ok, before, _ in outcomes.values())
     print(
         f"one worker killed with {load['server_load']} requests on it: {good} of {len(outcomes)} requests whole "
         f"({after} of them sent after it), {len(failed)} failed, all of them on that worker"
     )
-    assert len(failed) <= load["server_load"] + 1, (failed, log[-500:])
+    assert len(failed) <= load["server_load"] + 1, failed
 
 
 def main() -> None:

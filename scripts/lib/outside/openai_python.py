@@ -23,9 +23,8 @@ def sources(python: Path, folder: Path) -> Path:
     version = subprocess.run([python, "-c", show], capture_output=True, text=True, check=True).stdout.strip()
     source = folder / f"openai-{version}"
     if not (source / "tests").exists():
-        download = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", "openai"]
-        # It fetches the sources, then fails to build what nobody asked it to.
-        subprocess.run([*download, "-d", folder, f"openai=={version}"], capture_output=True)
+        download = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "openai"]
+        subprocess.run([*download, "-d", folder, f"openai=={version}"], check=True)
         subprocess.run(["tar", "xzf", folder / f"{source.name}.tar.gz", "-C", folder], check=True)
     return source
 
