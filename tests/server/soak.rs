@@ -27,7 +27,7 @@ fn random(stream: u32, place: usize) -> f64 {
     f64::from(uniform(7, stream, place as u32))
 }
 
-fn pick<'a, T>(of: &'a [T], stream: u32, place: usize) -> &'a T {
+fn pick<T>(of: &[T], stream: u32, place: usize) -> &T {
     &of[(random(stream, place) * of.len() as f64) as usize % of.len()]
 }
 
@@ -215,10 +215,10 @@ enum Got {
 fn ask(address: &str, place: usize) -> Got {
     let mut body = json!({"prompt": "x ".repeat(1 + place % 60), "max_tokens": 1 + place % 90,
         "best_of": 1 + place % 4, "ignore_eos": true, "seed": place});
-    if place % 2 == 0 {
+    if place.is_multiple_of(2) {
         body = with(
             &body,
-            json!({"stream": true, "stream_candidates": place % 4 == 0}),
+            json!({"stream": true, "stream_candidates": place.is_multiple_of(4)}),
         );
     }
     let body = body.to_string();
