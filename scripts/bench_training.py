@@ -5,7 +5,8 @@ The shape is that of the paper's MBPP ranker: 374 groups of 100 candidates, hidd
 disk, 20 passes. Both start with their own random weights, take the same steps (groups of a step,
 candidates of a group, AdamW, the same schedule) and end with a loss on all groups that is computed
 here, by the same code, from both rankers' files. Prints the seconds, the losses and the memory.
-Seconds on all cores are what to look at where other programs run beside.
+Multiply-adds are held against the machine's peak, as `podium bench` measures
+it in the same round.
 
     scripts/bench_training.py --podium target/release/podium --folder /tmp/bench-training
 
@@ -152,6 +153,14 @@ def run(command):
 run.before = 0.0
 
 
+def fma_peak(podium, threads):
+    """Multiply-adds that this machine can do, in operations a second, as `podium bench` measures them."""
+    command = [podium, "bench", "--prompt-tokens", 16, "--n", 1, "--steps", 1, "--rounds", 1]
+    command += ["--threads", threads, "--json"]
+    report = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(report)["limits"]["fma_gflop_per_s"] * 1e9
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--podium", required=True)
@@ -182,6 +191,7 @@ def main():
     command += ["--validation", 0, "--learning-rate", options.lr, "--weight-decay", options.weight_decay]
     command += ["--extra-inputs", "none", "--threads", options.threads, "--json"]
     for _ in range(options.rounds):
+        peak = fma_peak(options.podium, options.threads)
         if options.only != "torch":
             report, seconds, cpu, memory = run([*map(str, command)])
             with safe_open(output, "pt") as file:
@@ -190,7 +200,7 @@ def main():
             inside = json.loads(report)["seconds"]
             print(
                 f"podium:  {seconds:.2f} s ({inside:.2f} s without start; {cpu:.2f} s on all cores), "
-                f"{work / seconds / 1e9:.0f} GFLOP/s, {work / cpu / 1e9:.0f} a core, "
+                f"{work / inside / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f} ({work / inside / peak:.0%}), "
                 f"loss {loss:.5f}, resident {memory / 1e6:.0f} MB ({memory / features:.2f} of the features)"
             )
         if options.only != "podium":

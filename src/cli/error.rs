@@ -14,6 +14,7 @@ use crate::ranker::{RankerError, RankerFileError};
 use crate::tasks::candidates::CandidateFileError;
 use crate::tasks::collection::CollectionError;
 use crate::tasks::data::DataError;
+use crate::tasks::forms::FormError;
 use crate::tasks::training::TrainingDataError;
 use crate::tasks::verify::VerifyError;
 use crate::tasks::whole_file::WriteError;
@@ -52,6 +53,8 @@ pub enum CliError {
     Data(#[from] DataError),
     #[error(transparent)]
     Collection(#[from] CollectionError),
+    #[error(transparent)]
+    Form(#[from] FormError),
     #[error(transparent)]
     Verify(#[from] VerifyError),
     #[error(transparent)]

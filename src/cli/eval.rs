@@ -13,11 +13,13 @@ use crate::eval::plot::{self, Chart, Series};
 use crate::eval::{self, Evaluation, NamedRanker, Transfer};
 use crate::ranker::{Ranker, find_builtin};
 use crate::tasks::collection::Collection;
+use crate::tasks::forms::{self, Form};
 
 const EXAMPLES: &str = "\
 Examples:
   podium eval data/gcd/test --ranker gcd.safetensors --train data/gcd/train
   podium eval data/gcd/test --ranker a.safetensors b.safetensors --plot gcd.svg --plot gcd.png
+  podium eval data/gcd/test --ranker gcd.safetensors --export search-and-learn=gcd.jsonl
   podium eval data/gcd/test data/family/test --ranker gcd.safetensors family.safetensors
 
 Accuracy at N is the expected label of the chosen one of N candidates that are drawn from the item's
@@ -44,6 +46,11 @@ pub struct EvalCommand {
     #[arg(long, value_name = "FILE")]
     pub plot: Vec<PathBuf>,
 
+    /// Write the candidates, with the first ranker's scores, in the form of search-and-learn,
+    /// evalplus or reward-bench
+    #[arg(long, value_name = "FORM=FILE", value_parser = export)]
+    pub export: Vec<(Form, PathBuf)>,
+
     #[arg(
         long,
         value_name = "SEED",
@@ -57,6 +64,10 @@ pub fn run(global: &GlobalOptions, command: &EvalCommand) -> Result<(), CliError
     plot::check_paths(&command.plot)?;
     if !command.plot.is_empty() && command.collections.len() > 1 {
         let problem = "--plot draws one collection: give one, or leave --plot out";
+        return Err(CliError::Usage(problem.into()));
+    }
+    if !command.export.is_empty() && command.collections.len() > 1 {
+        let problem = "--export writes one collection: give one, or leave --export out";
         return Err(CliError::Usage(problem.into()));
     }
     let open = |folders: &[PathBuf]| -> Result<Vec<Collection>, CliError> {
@@ -84,6 +95,13 @@ pub fn run(global: &GlobalOptions, command: &EvalCommand) -> Result<(), CliError
     for path in &command.plot {
         chart(&evaluations[0], &rankers).save(path)?;
     }
+    for (form, path) in &command.export {
+        let scores = rankers
+            .first()
+            .map(|first| pool.install(|| eval::scores(&collections[0], &first.ranker)))
+            .transpose()?;
+        forms::write(&collections[0], scores.as_deref(), *form, path)?;
+    }
     let transfer = match evaluations.len() {
         1 => None,
         _ => eval::transfer(&evaluations, &rankers),
@@ -101,6 +119,11 @@ pub fn run(global: &GlobalOptions, command: &EvalCommand) -> Result<(), CliError
         print_transfer(&mut stdout, transfer)?;
     }
     Ok(())
+}
+
+fn export(text: &str) -> Result<(Form, PathBuf), String> {
+    let (form, path) = text.split_once('=').ok_or("give FORM=FILE")?;
+    Ok((form.parse()?, PathBuf::from(path)))
 }
 
 /// Rankers by name: their own, or their file's where two have the same.

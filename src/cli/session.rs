@@ -17,9 +17,10 @@ use crate::backend::cuda::emulated::{Checks, Emulated};
 use crate::backend::cuda::gpu::Gpu;
 use crate::backend::sampling::SamplingParams;
 use crate::backend::{Backend, BackendError};
-use crate::engine::scheduler::Limits;
+use crate::engine::scheduler::{GroupId, Limits};
 use crate::engine::{
-    Engine, EngineError, GenerateRequest, Generated, Observer, ScoreRequest, Scored,
+    Completed, Engine, EngineError, GenerateRequest, Generated, GroupObserver, Observer,
+    ScoreRequest, Scored,
 };
 use crate::model::config::ModelConfig;
 use crate::model::files::{ModelFiles, TextSource};
@@ -49,6 +50,16 @@ pub trait AnyEngine {
     ) -> Result<Generated, EngineError>;
     /// [`Engine::score`]
     fn score(&mut self, request: &ScoreRequest) -> Result<Scored, EngineError>;
+    /// [`Engine::submit`]
+    fn submit(&mut self, request: GenerateRequest) -> Result<GroupId, EngineError>;
+    /// [`Engine::submit_score`]
+    fn submit_score(&mut self, request: ScoreRequest) -> Result<GroupId, EngineError>;
+    /// [`Engine::step`]
+    fn step(&mut self, observer: &mut GroupObserver) -> Vec<Completed>;
+    /// [`Engine::with_limits`]
+    fn with_limits(self: Box<Self>, limits: Limits) -> Box<dyn AnyEngine>;
+    /// [`Engine::page_bytes`]
+    fn page_bytes(&self) -> usize;
     fn config(&self) -> &ModelConfig;
     fn model_name(&self) -> &str;
     fn fingerprint(&self) -> &str;
@@ -76,6 +87,26 @@ impl<B: Backend> AnyEngine for Engine<B> {
         Engine::score(self, request)
     }
 
+    fn submit(&mut self, request: GenerateRequest) -> Result<GroupId, EngineError> {
+        Engine::submit(self, request)
+    }
+
+    fn submit_score(&mut self, request: ScoreRequest) -> Result<GroupId, EngineError> {
+        Engine::submit_score(self, request)
+    }
+
+    fn step(&mut self, observer: &mut GroupObserver) -> Vec<Completed> {
+        Engine::step(self, observer)
+    }
+
+    fn with_limits(self: Box<Self>, limits: Limits) -> Box<dyn AnyEngine> {
+        Box::new(Engine::with_limits(*self, limits))
+    }
+
+    fn page_bytes(&self) -> usize {
+        Engine::page_bytes(self)
+    }
+
     fn config(&self) -> &ModelConfig {
         Engine::config(self)
     }
@@ -99,12 +130,15 @@ impl<B: Backend> AnyEngine for Engine<B> {
         metrics: Arc<Metrics>,
     ) -> std::io::Result<(EngineHandle, usize)> {
         let pages = (kv_bytes / self.page_bytes()).max(1);
-        let engine = self.with_limits(Limits {
-            pages,
-            cached_pages: pages / 4,
-            candidates,
-            ..Limits::default()
-        });
+        let engine = Engine::with_limits(
+            *self,
+            Limits {
+                pages,
+                cached_pages: pages / 4,
+                candidates,
+                ..Limits::default()
+            },
+        );
         Ok((EngineHandle::start(engine, metrics)?, pages))
     }
 }
@@ -171,6 +205,14 @@ impl Session {
         Result<ChatTemplate, TextError>,
     ) {
         (self.engine, self.tokenizer, self.template)
+    }
+
+    /// The session with other limits of what runs at a time.
+    pub fn with_limits(self, limits: Limits) -> Session {
+        Session {
+            engine: self.engine.with_limits(limits),
+            ..self
+        }
     }
 
     /// A line on standard error, with `-v`.

@@ -185,6 +185,11 @@ pub fn evaluate(
         }
     }
     table.push(rows_of("first", &|item| pool(item).first(&ns)));
+    if items.iter().all(|&item| all[item].greedy.is_some()) {
+        table.push(rows_of("greedy", &|item| {
+            vec![all[item].greedy.map_or(0.0, f64::from); ns.len()]
+        }));
+    }
     if has_answers(&items, collection) {
         table.push(rows_of("majority", &|item| pool(item).majority(&ns, seed)));
     }
@@ -223,6 +228,12 @@ pub fn evaluate(
             .collect(),
         n: ns,
     })
+}
+
+/// A ranker's scores of all candidates of each item, among themselves. Works on the current rayon pool.
+pub fn scores(collection: &Collection, ranker: &Ranker) -> Result<Vec<Vec<f32>>, EvalError> {
+    let items: Vec<usize> = (0..collection.items().len()).collect();
+    Ok(Ranked::new(collection, ranker, &items)?.scores)
 }
 
 /// Whether answers mean anything here.

@@ -3,7 +3,7 @@
 //! A line is a candidate line ([`candidates`](super::candidates)) with what its verifier needs
 //! ([`verify`](super::verify)); or a line as GSM8K, MATH, MMLU, ARC, HellaSwag, xLAM, BFCL and MBPP
 //! have it, which has a question instead of a prompt. Its prompt is then made of the question: by a
-//! template, or plainly.
+//! template, or plainly. Candidates may have the forms of other programs ([`forms`]).
 
 use std::collections::HashSet;
 use std::fmt::Write;
@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::candidates::{CandidateFile, CandidateFileError, Item};
 use super::collection::content_key;
+use super::forms::{self, Samples};
 use super::verify::{Kind, Verifier};
 
 /// The items of a data file.
@@ -67,7 +68,7 @@ impl Data {
     /// Reads a data file to its end and checks that every item can be verified.
     ///
     /// `template`, a Jinja template over a line's fields, makes the prompts; without it, lines that
-    /// have none get their question.
+    /// have none get their question. `samples` are candidates that stand in a file of their own.
     ///
     /// # Errors
     /// What is wrong, with the line.
@@ -75,6 +76,7 @@ impl Data {
         path: &Path,
         verifier: &Verifier,
         template: Option<&str>,
+        samples: Option<Samples>,
     ) -> Result<Data, DataError> {
         if !std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) && path.exists()
             || path == Path::new("-")
@@ -86,6 +88,10 @@ impl Data {
         let template = template.map(Template::new).transpose()?;
         let verifier = verifier.clone();
         let file = CandidateFile::open(path)?.adapted(move |fields| {
+            forms::adapt(fields);
+            if let Some(samples) = &samples {
+                samples.add(fields)?;
+            }
             match &template {
                 Some(template) => template.fill(fields)?,
                 None => ask_plainly(verifier.kind(), fields)?,
@@ -378,7 +384,7 @@ mod tests {
             let message = e.to_string();
             message.replace(&folder.path().display().to_string(), "DIR")
         };
-        Data::read(&path, &verifier, template).map_err(shorter)
+        Data::read(&path, &verifier, template, None).map_err(shorter)
     }
 
     fn prompt(kind: Kind, line: Value) -> Prompt {

@@ -5,6 +5,7 @@ pub mod collect;
 pub mod collection;
 pub mod data;
 pub mod feature_file;
+pub mod forms;
 pub mod sandbox;
 pub mod training;
 pub mod verify;

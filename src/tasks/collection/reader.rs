@@ -45,6 +45,8 @@ pub struct CollectionItem {
     pub length: Option<Vec<f32>>,
     /// Mean divergence of the model's distribution from the uniform one, in nats.
     pub self_certainty: Option<Vec<f32>>,
+    /// The label of the answer at temperature 0, where it was asked for.
+    pub greedy: Option<f32>,
 }
 
 /// The fields of a line that matter here.
@@ -63,8 +65,15 @@ struct Line {
     length: Option<Vec<f32>>,
     #[serde(default)]
     self_certainty: Option<Vec<f32>>,
+    #[serde(default)]
+    greedy: Option<Greedy>,
     #[serde(flatten)]
     rest: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct Greedy {
+    label: Option<f32>,
 }
 
 impl Collection {
@@ -309,5 +318,6 @@ fn parse(line: &[u8], number: usize) -> Result<CollectionItem, String> {
         mean_logprob: line.mean_logprob,
         length: line.length,
         self_certainty: line.self_certainty,
+        greedy: line.greedy.and_then(|greedy| greedy.label),
     })
 }

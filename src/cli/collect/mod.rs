@@ -1,5 +1,8 @@
 //! `podium collect`: candidates for every item of a task, verified, with their features.
 
+mod tally;
+mod writing;
+
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -7,22 +10,22 @@ use std::time::{Duration, Instant};
 use clap::{ArgAction, Args, ValueEnum};
 use serde_json::{Map, Value, json};
 
-use super::batch::item_seed;
-use super::error::CliError;
-use super::generate::{SamplingOptions, chat, unescape};
-use super::interrupt;
-use super::options::{GlobalOptions, LayerChoice};
-use super::progress::{Progress, Unit};
-use super::session::Session;
 use crate::backend::sampling::SamplingParams;
-use crate::engine::select::Strategy;
-use crate::engine::stop::FinishReason;
-use crate::engine::{EngineError, GenerateRequest, MAX_CANDIDATES, ScoreRequest};
-use crate::tasks::candidates::{Candidates, Item, Prompt};
+use crate::cli::error::CliError;
+use crate::cli::generate::{SamplingOptions, unescape};
+use crate::cli::interrupt;
+use crate::cli::options::{GlobalOptions, LayerChoice};
+use crate::cli::progress::{Progress, Unit};
+use crate::cli::session::Session;
+use crate::engine::{EngineError, GenerateRequest, MAX_CANDIDATES};
+use crate::tasks::candidates::Item;
 use crate::tasks::collect::Judges;
 use crate::tasks::collection::{CollectionInfo, CollectionWriter, FORMAT, FeatureDtype};
 use crate::tasks::data::Data;
+use crate::tasks::forms::Samples;
 use crate::tasks::verify::{Kind, Verdict, Verifier, VerifierOptions};
+use tally::Tally;
+use writing::Writing;
 
 /// Most threads that verify: generation needs the machine, and most verdicts take microseconds.
 const MOST_JUDGES: usize = 4;
@@ -33,11 +36,13 @@ Examples:
   podium collect --task exact --data gcd_test.jsonl -o data/test --disjoint-from data/train
   podium collect --task choice --data arc.jsonl --prompt 'Question: {{ question.stem }}\\nAnswer:' -o arc
   podium collect --task code --data mbpp.jsonl --chat --layers 0.5,0.6,0.7 -o mbpp
+  podium collect --task code --data HumanEval.jsonl --samples samples.jsonl -o theirs
   podium collect --task command --verifier 'python3 check.py' --data mine.jsonl -o mine
 
 Lines of the data file may have the forms of GSM8K, MATH, MMLU, ARC, HellaSwag, xLAM, BFCL, MBPP and
 HumanEval, or `prompt` (or `messages`) and `reference`; `key` says what an item is about, where that
-is not its prompt. Lines that have `candidates` keep them. A verifier of --task command gets lines
+is not its prompt. Lines that have `candidates` keep them; so do those of search-and-learn
+(`completions`) and RewardBench 2 (`chosen` and `rejected`, with --task labels). A verifier of --task command gets lines
 {\"candidate\": …, \"item\": {…}} and answers each with a line: true or false, yes or no, or a number.
 
 The folder can be used once it is whole. Interrupted, the same command goes on where it was.";
@@ -54,6 +59,11 @@ pub struct CollectOptions {
     /// Items, one a line
     #[arg(long, value_name = "FILE.jsonl")]
     pub data: PathBuf,
+
+    /// Candidates that are there already: lines of `task_id` and `completion` or `solution`, as
+    /// evalplus has them
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub samples: Option<PathBuf>,
 
     /// Folder of the collection
     #[arg(long, short, value_name = "DIR")]
@@ -161,7 +171,8 @@ pub fn run(global: &GlobalOptions, options: &CollectOptions) -> Result<(), CliEr
     options.check()?;
     let verifier = Verifier::new(options.task, &options.verifier_options())?;
     let template = options.prompt.as_deref().map(unescape);
-    let mut data = Data::read(&options.data, &verifier, template.as_deref())?;
+    let samples = options.samples.as_deref().map(Samples::read).transpose()?;
+    let mut data = Data::read(&options.data, &verifier, template.as_deref(), samples)?;
     for other in &options.disjoint_from {
         data.check_disjoint(&options.data, other)?;
     }
@@ -176,7 +187,7 @@ pub fn run(global: &GlobalOptions, options: &CollectOptions) -> Result<(), CliEr
             data.items.len()
         );
     }
-    let mut session = Session::open(global)?;
+    let session = Session::open(global)?;
     session.tokenizer()?;
     let info = options.info(&session, &data)?;
     let layers = info.feature_layers.clone();
@@ -203,23 +214,39 @@ pub fn run(global: &GlobalOptions, options: &CollectOptions) -> Result<(), CliEr
         progress.advance(1);
         Ok::<(), CliError>(())
     };
-    for number in begun..total {
-        let item = &data.items[number];
-        let written = write(&mut session, options, item, number, &layers);
+    let of_item = |number: usize, error: CliError| {
+        error.at(format!(
+            "{}:{}",
+            options.data.display(),
+            data.items[number].line
+        ))
+    };
+    let (mut session, mut writing) = Writing::new(session, begun);
+    while !interrupt::interrupted() {
+        while writing.next() < total && writing.has_room(options.n) {
+            let number = writing.next();
+            let begun = writing.begin(&mut session, options, &data.items[number], &layers);
+            begun.map_err(|error| of_item(number, error))?;
+        }
+        if writing.is_empty() {
+            break;
+        }
+        let stepped = writing.step(&mut session);
         if interrupt::interrupted() {
             break;
         }
-        let at = || format!("{}:{}", options.data.display(), item.line);
-        let (what, texts) = written.map_err(|error| error.at(at()))?;
-        let verifier = verifier
-            .of_item(&what.line)
-            .map_err(|problem| CliError::Failed(problem).at(at()))?;
-        judges.hand_in(what, verifier, &texts);
+        stepped.map_err(|(number, error)| of_item(number, error))?;
+        while let Some((number, what, texts)) = writing.hand_out() {
+            let verifier = verifier
+                .of_item(&what.line)
+                .map_err(|problem| of_item(number, CliError::Failed(problem)))?;
+            judges.hand_in(what, verifier, &texts);
+        }
         let asked = Instant::now();
         while let Some(judged) = judges.hand_out()? {
-            waited += asked.elapsed();
             store(&mut writer, judged)?;
         }
+        waited += asked.elapsed();
     }
     let asked = Instant::now();
     while let Some(judged) = judges.wait()? {
@@ -244,7 +271,7 @@ pub fn run(global: &GlobalOptions, options: &CollectOptions) -> Result<(), CliEr
             waited.as_secs_f64()
         )
     });
-    tally.print(global.json, &options.output)?;
+    tally.print(global.json, &options.output, started.elapsed(), waited)?;
     Ok(())
 }
 
@@ -387,152 +414,6 @@ impl CollectOptions {
     }
 }
 
-/// An item's candidates with everything but their verdicts, and the texts to be judged.
-fn write(
-    session: &mut Session,
-    options: &CollectOptions,
-    item: &Item,
-    number: usize,
-    layers: &[usize],
-) -> Result<(Candidate, Vec<String>), CliError> {
-    let mut line = Map::new();
-    line.insert("id".to_string(), item.id.clone());
-    line.extend(item.fields.clone());
-    line.insert("id".to_string(), item.id.clone());
-    let mut prompt = item.prompt.clone();
-    if let (Prompt::Text(text), true) = (&prompt, options.chat) {
-        let messages = chat(options.system.as_deref(), text);
-        line.shift_remove("prompt");
-        line.insert("messages".to_string(), json!(messages));
-        prompt = Prompt::Messages(messages);
-    }
-    match item.candidates {
-        Some(_) => score(session, item, line, layers),
-        None => {
-            let seed = item_seed(options.seed, number as u64);
-            generate(session, options, item, &prompt, line, seed, layers)
-        }
-    }
-}
-
-fn generate(
-    session: &mut Session,
-    options: &CollectOptions,
-    item: &Item,
-    prompt: &Prompt,
-    mut line: Map<String, Value>,
-    seed: u64,
-    layers: &[usize],
-) -> Result<(Candidate, Vec<String>), CliError> {
-    let prompt = session.prompt_tokens(prompt)?;
-    let mut request = options.request(session, item, prompt, seed);
-    request.feature_layers = layers.to_vec();
-    let generated = session
-        .engine
-        .generate(&request, &mut |_| interrupt::flow())?;
-    let candidates = &generated.candidates;
-    let mut texts: Vec<String> = candidates.iter().map(|c| c.text.clone()).collect();
-    let token_ids: Vec<&Vec<u32>> = candidates.iter().map(|c| &c.token_ids).collect();
-    let lengths: Vec<usize> = candidates.iter().map(|c| c.token_ids.len()).collect();
-    let mean_logprob: Vec<f64> = candidates.iter().map(|c| c.mean_logprob()).collect();
-    let self_certainty: Vec<f64> = candidates.iter().map(|c| c.self_certainty).collect();
-    let reasons: Vec<Option<FinishReason>> = candidates.iter().map(|c| c.finish_reason).collect();
-    for (name, value) in [
-        ("candidates", json!(texts)),
-        ("candidate_token_ids", json!(token_ids)),
-        ("labels", Value::Null),
-        ("answers", Value::Null),
-        ("mean_logprob", json!(mean_logprob)),
-        ("length", json!(lengths)),
-        ("self_certainty", json!(self_certainty)),
-        ("finish_reasons", json!(reasons)),
-        ("seed", json!(seed)),
-    ] {
-        line.insert(name.to_string(), value);
-    }
-    let greedy = match options.greedy {
-        true => {
-            let request = GenerateRequest {
-                strategy: Strategy::Greedy,
-                feature_layers: Vec::new(),
-                ..request
-            };
-            let greedy = session
-                .engine
-                .generate(&request, &mut |_| interrupt::flow())?;
-            let answer = &greedy.candidates[0];
-            texts.push(answer.text.clone());
-            let mut fields = Map::new();
-            fields.insert("text".to_string(), json!(answer.text));
-            fields.insert("mean_logprob".to_string(), json!(answer.mean_logprob()));
-            Some(fields)
-        }
-        false => None,
-    };
-    let candidate = Candidate {
-        line,
-        prompt_features: generated.prompt_features,
-        features: generated
-            .candidates
-            .into_iter()
-            .map(|c| c.features)
-            .collect(),
-        greedy,
-    };
-    Ok((candidate, texts))
-}
-
-/// Candidates that came with the item.
-fn score(
-    session: &mut Session,
-    item: &Item,
-    mut line: Map<String, Value>,
-    layers: &[usize],
-) -> Result<(Candidate, Vec<String>), CliError> {
-    let request = ScoreRequest {
-        layers: layers.to_vec(),
-        logprobs: item.mean_logprob.is_none(),
-        ..session.score_request(item)?
-    };
-    let scored = session.engine.score(&request)?;
-    let texts = match &item.candidates {
-        Some(Candidates::Texts(texts)) => texts.clone(),
-        // The texts of token ids, where the line has them beside.
-        _ => match line.get("candidates").and_then(Value::as_array) {
-            Some(texts) => texts
-                .iter()
-                .filter_map(Value::as_str)
-                .map(str::to_string)
-                .collect(),
-            None => {
-                let tokenizer = session.tokenizer()?;
-                let token_ids = &request.candidate_token_ids;
-                let decode = |ids: &Vec<u32>| tokenizer.decode(ids, true);
-                token_ids.iter().map(decode).collect()
-            }
-        },
-    };
-    if item.mean_logprob.is_none() {
-        let means = scored.token_logprobs.iter().map(|logprobs| {
-            let sum: f64 = logprobs.iter().map(|&logprob| f64::from(logprob)).sum();
-            sum / logprobs.len().max(1) as f64
-        });
-        line.insert("mean_logprob".to_string(), means.collect());
-    }
-    if item.length.is_none() {
-        let lengths = request.candidate_token_ids.iter().map(Vec::len);
-        line.insert("length".to_string(), lengths.collect());
-    }
-    line.insert("candidates".to_string(), json!(texts));
-    let candidate = Candidate {
-        line,
-        prompt_features: scored.prompt_features,
-        features: scored.candidate_features,
-        greedy: None,
-    };
-    Ok((candidate, texts))
-}
-
 /// Puts the verdicts into an item's line and the item into the folder.
 fn store(
     writer: &mut CollectionWriter,
@@ -566,76 +447,5 @@ fn label(label: f32) -> Value {
     match label.fract() == 0.0 && label.abs() < 1e6 {
         true => json!(label as i64),
         false => json!(label),
-    }
-}
-
-/// What is known of the items so far.
-#[derive(Default)]
-struct Tally {
-    items: usize,
-    candidates: usize,
-    /// Sum of the labels.
-    labels: f64,
-    /// Sum over items of their mean label, and of their best one.
-    first: f64,
-    best: f64,
-}
-
-impl Tally {
-    fn count(&mut self, line: &Map<String, Value>) {
-        let labels = line.get("labels").and_then(Value::as_array);
-        let labels: Vec<f64> = labels
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_f64)
-            .collect();
-        self.items += 1;
-        if labels.is_empty() {
-            return;
-        }
-        let sum: f64 = labels.iter().sum();
-        self.candidates += labels.len();
-        self.labels += sum;
-        self.first += sum / labels.len() as f64;
-        self.best += labels.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    }
-
-    /// Expected accuracy of one candidate, and of the best one.
-    fn accuracy(&self) -> (f64, f64) {
-        let items = self.items.max(1) as f64;
-        (self.first / items, self.best / items)
-    }
-
-    fn print(&self, as_json: bool, folder: &std::path::Path) -> Result<(), CliError> {
-        use std::io::Write;
-        let (one, oracle) = self.accuracy();
-        let mut stdout = std::io::stdout();
-        if as_json {
-            let report = json!({
-                "output": folder,
-                "items": self.items,
-                "candidates": self.candidates,
-                "accuracy": one,
-                "oracle": oracle,
-            });
-            return Ok(writeln!(stdout, "{report}")?);
-        }
-        Ok(writeln!(
-            stdout,
-            "{}: {} items, {} candidates, {self}",
-            folder.display(),
-            self.items,
-            self.candidates
-        )?)
-    }
-}
-
-impl std::fmt::Display for Tally {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (one, oracle) = self.accuracy();
-        write!(
-            formatter,
-            "accuracy {one:.3} of one, {oracle:.3} of the best"
-        )
     }
 }
