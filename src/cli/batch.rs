@@ -22,6 +22,7 @@ pub fn run(
     input: &Path,
 ) -> Result<(), CliError> {
     let total = CandidateFile::check(input)?;
+    interrupt::catch();
     let mut output = Output::open(options.output.as_deref())?;
     let mut session = Session::open(global)?;
     let ranker = session.optional_ranker(options.ranker.as_deref())?;
@@ -32,7 +33,6 @@ pub fn run(
     };
     let seed = options.seed();
     session.log(|| format!("seed {seed}"));
-    interrupt::catch();
     let progress = Progress::beside(&output, "generating", total, Unit::Items);
     let (mut items, mut tokens, mut seconds) = (0, 0, 0.0);
     let mut file = CandidateFile::open(input)?;

@@ -438,6 +438,9 @@ impl<B: Backend> Written<B> {
     }
 }
 
+/// A bias that no logit makes up for; finite, for what is computed with it must be.
+const NEVER: f32 = -1e9;
+
 impl<B: Backend> WriteJob<B> {
     /// What there is of it, as it stands.
     pub fn written(self, now: Instant) -> Written<B> {
@@ -486,9 +489,11 @@ impl<B: Backend> WriteJob<B> {
             logit_bias,
             presence_penalty,
             frequency_penalty,
+            min_tokens,
             ..
         } = &self.request;
-        if *presence_penalty == 0.0 && *frequency_penalty == 0.0 {
+        let too_short = self.writing[candidate].token_ids.len() < *min_tokens;
+        if *presence_penalty == 0.0 && *frequency_penalty == 0.0 && !too_short {
             return logit_bias.clone();
         }
         let mut counts: BTreeMap<u32, f32> = BTreeMap::new();
@@ -501,6 +506,10 @@ impl<B: Backend> WriteJob<B> {
             .collect();
         for (token, bias) in logit_bias {
             *biases.entry(*token).or_default() += bias;
+        }
+        if too_short {
+            let ends = self.conditions.end_tokens().iter();
+            biases.extend(ends.map(|&token| (token, NEVER)));
         }
         biases.into_iter().collect()
     }

@@ -8,15 +8,14 @@ fifth against the round before is run again, three times at most.
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import engines
 import models
+from page import processor, write_docs
 
 # Model, class of weights, forms.
 CLASSES = [
@@ -173,30 +172,6 @@ def plot(path: Path, sections: list, n: list) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def processor() -> str:
-    """The processor as the kernel names it, and what it has of what matters here."""
-    text = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"model name\s*:\s*(.*)", text)
-    flags = set((re.search(r"flags\s*:\s*(.*)", text) or [None, ""])[1].split())
-    known = [flag for flag in ["avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"] if flag in flags]
-    return f"{name[1] if name else 'unknown processor'} ({', '.join(known)})"
-
-
-def write_docs(docs: Path, lines: list) -> None:
-    """Puts the lines between the marks of docs/BENCHMARKS.md."""
-    page = docs / "BENCHMARKS.md"
-    begin, end = "<!-- scripts/peers: begin -->", "<!-- scripts/peers: end -->"
-    text = page.read_text() if page.exists() else f"# Benchmarks\n\n{begin}\n{end}\n"
-    head, rest = text.split(begin)
-    text = head + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1]
-    with tempfile.NamedTemporaryFile("w", dir=docs, delete=False) as partial:
-        partial.write(text)
-        partial.flush()
-        os.fsync(partial.fileno())
-    os.chmod(partial.name, 0o644)
-    os.replace(partial.name, page)
-
-
 def main() -> None:
     options = arguments()
     n = [int(count) for count in options.n.split(",")]
@@ -224,7 +199,7 @@ def main() -> None:
                 options.json.write_text(json.dumps(everything, indent=1))
     plot(options.docs / "figures" / "peers.svg", sections, n)
     lines += ["", "![tokens per second over N, Podium and its peers](figures/peers.svg)"]
-    write_docs(options.docs, lines)
+    write_docs(options.docs / "BENCHMARKS.md", "scripts/peers", lines)
     say(f"written: {options.docs / 'BENCHMARKS.md'}")
 
 
