@@ -46,6 +46,12 @@ impl Target {
     }
 }
 
+/// The kernel file that is for Hopper alone.
+const HOPPER: &str = "matmul_wgmma";
+
+/// The kernels with planted faults.
+const FAULTS: &str = "emulate_faults";
+
 /// One run of a compiler.
 struct Job {
     command: Command,
@@ -81,7 +87,8 @@ fn build() -> Result<(), String> {
     if let Some(nvcc) = &nvcc {
         let known = known_architectures(nvcc)?;
         for target in TARGETS.iter().filter(|t| known.contains(&virtual_name(t))) {
-            for source in &sources {
+            let compiled = |source: &&PathBuf| stem(source) != HOPPER || target.name == "sm_90a";
+            for source in sources.iter().filter(compiled) {
                 let output = out.join(format!("{}.{}.{}", stem(source), target.name, target.kind));
                 let mut command = Command::new(nvcc);
                 command
@@ -101,7 +108,8 @@ fn build() -> Result<(), String> {
         }
     }
     run_all(jobs, &kernels)?;
-    archive(&emulation.objects, &out)?;
+    archive("podium_emulation", &emulation.objects, &out, true)?;
+    archive("podium_emulation_faults", &emulation.faults, &out, false)?;
     write_if_changed(&out.join("images.rs"), &images_rs(&images))
 }
 
@@ -123,10 +131,12 @@ fn stem(path: &Path) -> String {
         .into_owned()
 }
 
-/// The emulation's objects: each kernel file, the test-only one, the runtime.
+/// The emulation's objects: each kernel file and the runtime; apart from them the kernels with planted
+/// faults, which the crate's own tests link.
 struct Emulation {
     jobs: Vec<Job>,
     objects: Vec<PathBuf>,
+    faults: Vec<PathBuf>,
 }
 
 impl Emulation {
@@ -158,6 +168,7 @@ impl Emulation {
         let mut emulation = Emulation {
             jobs: Vec::new(),
             objects: Vec::new(),
+            faults: Vec::new(),
         };
         let mut anchors = String::new();
         let mut declarations = String::new();
@@ -171,13 +182,19 @@ impl Emulation {
                     path.display()
                 );
                 write_if_changed(&unit, &text)?;
-                let _ = writeln!(declarations, "extern const int podium_kernels_{name};");
-                let _ = write!(anchors, "&podium_kernels_{name}, ");
+                if name != FAULTS {
+                    let _ = writeln!(declarations, "extern const int podium_kernels_{name};");
+                    let _ = write!(anchors, "&podium_kernels_{name}, ");
+                }
                 unit
             } else {
                 path.clone()
             };
-            emulation.compile(&compiler, unit, path, out.join(format!("{name}.o")));
+            let object = emulation.compile(&compiler, unit, path, out.join(format!("{name}.o")));
+            match name == FAULTS {
+                true => emulation.faults.push(object),
+                false => emulation.objects.push(object),
+            }
         }
         let table = out.join("kernel_files.cc");
         let text = format!(
@@ -185,31 +202,39 @@ impl Emulation {
              const int* const podium_kernel_files[] = {{{anchors}nullptr}};\n}}\n"
         );
         write_if_changed(&table, &text)?;
-        emulation.compile(&compiler, table.clone(), table, out.join("kernel_files.o"));
+        let object = out.join("kernel_files.o");
+        let object = emulation.compile(&compiler, table.clone(), table, object);
+        emulation.objects.push(object);
         Ok(emulation)
     }
 
-    fn compile(&mut self, compiler: &cc::Tool, unit: PathBuf, source: PathBuf, output: PathBuf) {
+    fn compile(
+        &mut self,
+        compiler: &cc::Tool,
+        unit: PathBuf,
+        source: PathBuf,
+        output: PathBuf,
+    ) -> PathBuf {
         let mut command = compiler.to_command();
         command.arg("-c").arg(unit).arg("-o").arg(&output);
-        self.objects.push(output.clone());
         self.jobs.push(Job {
             command,
             source,
-            output,
+            output: output.clone(),
         });
+        output
     }
 }
 
-fn archive(objects: &[PathBuf], out: &Path) -> Result<(), String> {
+fn archive(name: &str, objects: &[PathBuf], out: &Path, linked: bool) -> Result<(), String> {
     // A new archive only where an object is newer: the crate's own build hangs on it.
     let mut build = cc::Build::new();
-    build.cpp(true).out_dir(out);
+    build.cpp(true).out_dir(out).cargo_metadata(linked);
     for object in objects {
         build.object(object);
     }
     build
-        .try_compile("podium_emulation")
+        .try_compile(name)
         .map_err(|e| format!("cannot archive the kernels' emulation: {e}"))
 }
 

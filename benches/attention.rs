@@ -67,7 +67,9 @@ fn batch(groups: Vec<Group>) -> Batch {
 /// Appends keys and values of a batch in every layer.
 fn append(cpu: &Cpu, kv: &mut <Cpu as Backend>::KvCache, batch: &Batch) {
     let rope = rope();
-    let plan = cpu.plan(batch, &[&rope], kv).expect("there is memory");
+    let plan = cpu
+        .plan(batch, None, &[&rope], kv)
+        .expect("there is memory");
     let mut qkv = qkv(batch.tokens.len());
     for layer in 0..SHAPE.layers {
         cpu.rope_append(&plan, &attention(&rope, layer), &mut qkv, kv);
@@ -110,7 +112,9 @@ fn bench(criterion: &mut Criterion) {
             let own: Vec<Vec<PageId>> = (0..n).map(|_| pages(&mut next, OWN)).collect();
             append(&cpu, &mut kv, &candidates(OWN, 0, &own));
             let step = candidates(1, OWN - 1, &own);
-            let plan = cpu.plan(&step, &[&rope], &mut kv).expect("there is memory");
+            let plan = cpu
+                .plan(&step, None, &[&rope], &mut kv)
+                .expect("there is memory");
             let (qkv, mut out) = (qkv(n), Rows::new(n, SHAPE.heads * SHAPE.head_dim));
             let keys_and_values = 2 * (prefix_len + n * OWN) * SHAPE.kv_heads * SHAPE.head_dim;
             group.throughput(Throughput::Bytes(4 * keys_and_values as u64));
@@ -137,7 +141,7 @@ fn bench(criterion: &mut Criterion) {
     }]);
     append(&cpu, &mut kv, &prompt);
     let plan = cpu
-        .plan(&prompt, &[&rope], &mut kv)
+        .plan(&prompt, None, &[&rope], &mut kv)
         .expect("there is memory");
     let (qkv, mut out) = (qkv(tokens), Rows::new(tokens, SHAPE.heads * SHAPE.head_dim));
     group.throughput(Throughput::Elements(tokens as u64));

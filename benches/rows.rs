@@ -97,7 +97,7 @@ fn rope_append(criterion: &mut Criterion) {
     for rows in ROWS {
         let mut kv = cpu.kv_cache(SHAPE).expect("there is memory");
         let plan = cpu
-            .plan(&batch(rows), &[&rope], &mut kv)
+            .plan(&batch(rows), None, &[&rope], &mut kv)
             .expect("there is memory");
         let width = (SHAPE.heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim;
         let mut qkv = filled(rows, width);
@@ -141,7 +141,7 @@ fn embed(criterion: &mut Criterion) {
         for rows in ROWS {
             let mut kv = cpu.kv_cache(SHAPE).expect("there is memory");
             let plan = cpu
-                .plan(&batch(rows), &[], &mut kv)
+                .plan(&batch(rows), None, &[], &mut kv)
                 .expect("there is memory");
             let mut out = Rows::new(rows, HIDDEN_SIZE);
             let read = rows * bytes / VOCAB_SIZE;

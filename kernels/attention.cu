@@ -3,7 +3,7 @@
 //   qkv     [rows, (heads + 2 · kv_heads) · head_dim] float32, of which the queries are read
 //   pages   addresses of pages (pages.cuh)
 //   spans   [rows]: x, y: where in `pages` the prefix begins, and its tokens; z, w: the same of the row's own tokens,
-//           its own the last of them
+//           its own the last of them; with w = 0 the row is left alone
 //   cap     scores become cap · tanh(score / cap); 0: they stay
 //   window  a row sees that many tokens, its own the last; 0: all
 //   out     [rows, heads · head_dim] float32
@@ -26,7 +26,8 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
     launch_dependents();
     wait_for_predecessor();
     const unsigned row = blockIdx.x, lane = lane_index(), head = blockIdx.y * WARPS + warp_index();
-    if (head >= heads) return;
+    const uint4 span = spans[row];
+    if (head >= heads || span.w == 0) return;
     const unsigned kv_head = head / (heads / kv_heads);
     const Shared<float> query = shared_memory<float>() + warp_index() * (head_stride + WARP_SIZE);
     const Shared<float> weights = query + head_stride;
@@ -34,7 +35,6 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
     for (unsigned i = lane; i < head_stride; i += WARP_SIZE) query[i] = i < head_dim ? from[i] * scale : 0.0f;
     __syncwarp();
 
-    const uint4 span = spans[row];
     const unsigned visible = span.y + span.w;
     const unsigned first_visible = window != 0 && visible > window ? visible - window : 0;
     float maximum = -INFINITY, sum = 0.0f;

@@ -1,6 +1,6 @@
 // Puts a row's attention together from its parts: those of its group's prefix, then those of its own tokens.
 //
-//   rows    [gridDim.x]: where the parts of a row are
+//   rows    [gridDim.x]: where the parts of a row are; one without parts is left alone
 //   parts, totals   as attention_prefix.cu and attention_suffix.cu left them
 //   out     [rows, heads · head_dim] float32
 //
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP_SIZE)
     wait_for_predecessor();
     const MergedRow merged = rows[blockIdx.x];
     const unsigned head = blockIdx.y * WARPS + warp_index(), lane = lane_index();
-    if (head >= heads) return;
+    if (head >= heads || merged.own_parts == 0) return;
     const unsigned count = merged.prefix_parts + merged.own_parts;
     const auto place_of = [&](unsigned part) {
         const unsigned slot = part < merged.prefix_parts ? merged.prefix_slot + part * merged.prefix_step

@@ -2,7 +2,7 @@
 //
 //   qkv     [rows, (heads + 2 · kv_heads) · head_dim] float32, of which the queries are read
 //   pages   addresses of pages (pages.cuh)
-//   jobs    [gridDim.x]: 64 queries of a group and a run of its prefix
+//   jobs    [gridDim.x]: 64 queries of a group and a run of its prefix; without rows there is nothing to do
 //   window  a row sees that many tokens, its own the last; 0: all. positions: [rows], where each row stands
 //   parts, totals   [slots, heads], [slots, heads, head_dim]: what comes of each query (attention_tile.cuh)
 //

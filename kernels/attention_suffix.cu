@@ -2,7 +2,7 @@
 // is too short to be worth a launch of its own, against that too.
 //
 //   qkv, pages, scale, cap, window, parts, totals   as in attention_prefix.cu
-//   jobs    [gridDim.x]: a row and a run of its tokens
+//   jobs    [gridDim.x]: a row and a run of its tokens; without tokens (end = 0) there is nothing to do
 //
 // Blocks are (job, kv head, sixteen of its query heads), one warp each: few queries and many keys, so that tensor cores
 // are used for one row in sixteen or four, and it does not matter: bound by memory, 4 · head_dim bytes a token and kv
@@ -28,6 +28,7 @@ __device__ __forceinline__ void attend_suffix(Global<const float> qkv, Global<co
     launch_dependents();
     wait_for_predecessor();
     const SuffixJob job = jobs[blockIdx.x];
+    if (job.end == 0) return;
     const unsigned kv_head = blockIdx.y, group = heads / kv_heads;
     const unsigned visible = positions[job.row] + 1;
     const unsigned first_visible = window != 0 && visible > window ? visible - window : 0;

@@ -52,9 +52,13 @@ __device__ __forceinline__ unsigned warp_index() { return threadIdx.x / WARP_SIZ
 // Programmatic dependent launch (sm_90 and later): a kernel may start while its predecessor drains, and does what does
 // not depend on it (fetching weights) before it waits.
 
-// Waits until the kernels before this one have ended and their writes are visible.
+// Waits until the kernels before this one have ended and their writes are visible: the one before has waited for its own
+// predecessor, and so on. Every thread of every kernel calls it, also one that has nothing to do; before it a kernel writes
+// nothing, and reads nothing that they may be writing. The emulation reports what does not keep to that.
 __device__ __forceinline__ void wait_for_predecessor() {
-#if !defined(PODIUM_EMULATE) && __CUDA_ARCH__ >= 900
+#ifdef PODIUM_EMULATE
+    emulate::wait_for_predecessor();
+#elif __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -1,7 +1,7 @@
 // What the matrix products share: out = epilogue(x · weightᵀ + bias), a row's bits the same in each of them.
 //
-//   x       [rows, stride] bfloat16 (norm.cu makes them)
-//   weight  [out_features, stride] bfloat16, stride a multiple of 8, zeros from in_features on
+//   x       [rows, stride] bfloat16 (norm.cu makes them), zeros from in_features on
+//   weight  out_features outputs of stride inputs, in one of the forms of weights.cuh, zeros from in_features on
 //   bias    [out_features] float32, or null
 //   out     [rows, width] float32
 //
@@ -11,36 +11,19 @@
 // The order of additions: inputs are taken 128 at a time. Slice s, one of four, is the sum over inputs 32 s .. 32 s + 32 of
 // every 128, in their order, sixteen a step; the four are added in the order of s. Weights are the left side of mma (16
 // outputs), rows the right (8).
-//
-// In shared memory a row's 16 chunks of 16 bytes are permuted (chunk c of row r lies at c ^ r % 8), so that ldmatrix
-// reads eight rows without bank conflicts.
 #pragma once
 
-#include "mma.cuh"
+#include "weights.cuh"
 
-constexpr unsigned WARPS = 8;
-constexpr unsigned THREADS = WARPS * WARP_SIZE;
-constexpr unsigned SLICES = 4;
-constexpr unsigned STEP = 128;
-constexpr unsigned CHUNK = 8;
-constexpr unsigned CHUNKS = STEP / CHUNK;
+// Of a row of x in a stage.
+constexpr unsigned ROW_BYTES = STEP * sizeof(bf16);
 
 enum Epilogue : unsigned { STORE, ADD, GATED_SILU, GATED_GELU, SOFTCAP };
 
-__device__ __forceinline__ unsigned place_of(unsigned row, unsigned chunk) {
-    return row * STEP + (chunk ^ row % 8) * CHUNK;
-}
-
-// Begins to copy rows first .. first + Rows of a matrix, inputs step · STEP and on; zeros where it has none.
-template <unsigned Rows>
-__device__ __forceinline__ void fetch(Shared<bf16> tile, Global<const bf16> matrix, unsigned first, unsigned rows,
-                                      unsigned stride, unsigned step) {
-    for (unsigned i = threadIdx.x; i < Rows * CHUNKS; i += THREADS) {
-        const unsigned row = i / CHUNKS, chunk = i % CHUNKS, input = step * STEP + chunk * CHUNK;
-        const bool exists = first + row < rows && input < stride;
-        const size_t at = exists ? size_t{first + row} * stride + input : 0;
-        copy_async_or_zero<bf16>(tile + place_of(row, chunk), matrix + at, exists ? 16 : 0);
-    }
+// Eight rows of a slice's 32 inputs as mma takes them.
+__device__ __forceinline__ void load_rows(uint32_t (&b)[4], Shared<unsigned char> stage, unsigned first, unsigned slice) {
+    const unsigned lane = lane_index();
+    load_matrices(b, stage + place_of<ROW_BYTES>(first + lane % 8, slice * 4 + lane / 8));
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }

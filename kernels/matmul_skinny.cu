@@ -15,23 +15,23 @@ constexpr unsigned OUTPUTS = 32;
 // Floats between two rows of partial sums: lanes of a warp write to different banks.
 constexpr unsigned PARTIAL_STRIDE = OUTPUTS + 4;
 
-template <unsigned Rows, unsigned Stages>
-__device__ __forceinline__ void multiply(Global<const bf16> x, Global<const bf16> weight, Global<const float> bias,
-                                         unsigned rows, unsigned out_features, unsigned stride, unsigned epilogue,
-                                         float cap, unsigned width, Global<float> out) {
+template <unsigned Rows, unsigned Stages, class Weights>
+__device__ __forceinline__ void multiply(Global<const bf16> x, Weights weight, Global<const float> bias, unsigned rows,
+                                         unsigned out_features, unsigned stride, unsigned epilogue, float cap,
+                                         unsigned width, Global<float> out) {
     constexpr unsigned TILES = Rows / 8;
-    constexpr unsigned STAGE = (OUTPUTS + Rows) * STEP;
+    constexpr unsigned WEIGHT_BYTES = Weights::OUTPUT_BYTES * OUTPUTS, STAGE = WEIGHT_BYTES + Rows * ROW_BYTES;
     const unsigned first_output = blockIdx.x * OUTPUTS, first_row = blockIdx.y * Rows;
     const unsigned lane = lane_index(), half = warp_index() % 2, slice = warp_index() / 2;
     const unsigned steps = (stride + STEP - 1) / STEP;
-    const Shared<bf16> ring = shared_memory<bf16>();
+    const Shared<unsigned char> ring = shared_memory<unsigned char>();
 
     launch_dependents();
     for (unsigned step = 0; step < Stages - 1 && step < steps; ++step)
-        fetch<OUTPUTS>(ring + step * STAGE, weight, first_output, out_features, stride, step);
+        weight.template fetch_step<OUTPUTS>(ring + step * STAGE, first_output, out_features, stride, step);
     wait_for_predecessor();
     for (unsigned step = 0; step < Stages - 1; ++step) {
-        if (step < steps) fetch<Rows>(ring + (step * STAGE + OUTPUTS * STEP), x, first_row, rows, stride, step);
+        if (step < steps) fetch<Rows>(ring + (step * STAGE + WEIGHT_BYTES), x, first_row, rows, stride, step);
         commit_copies();
     }
 
@@ -41,23 +41,20 @@ __device__ __forceinline__ void multiply(Global<const bf16> x, Global<const bf16
         __syncthreads();
         const unsigned next = step + Stages - 1;
         if (next < steps) {
-            const Shared<bf16> stage = ring + next % Stages * STAGE;
-            fetch<OUTPUTS>(stage, weight, first_output, out_features, stride, next);
-            fetch<Rows>(stage + OUTPUTS * STEP, x, first_row, rows, stride, next);
+            const Shared<unsigned char> stage = ring + next % Stages * STAGE;
+            weight.template fetch_step<OUTPUTS>(stage, first_output, out_features, stride, next);
+            fetch<Rows>(stage + WEIGHT_BYTES, x, first_row, rows, stride, next);
         }
         commit_copies();
 
-        const Shared<bf16> weights = ring + step % Stages * STAGE, inputs = weights + OUTPUTS * STEP;
-        uint32_t a[2][4];
-#pragma unroll
-        for (unsigned k = 0; k < 2; ++k)
-            load_matrices(a[k], weights + place_of(half * 16 + lane % 16, slice * 4 + k * 2 + lane / 16));
+        const Shared<unsigned char> stage = ring + step % Stages * STAGE;
+        Fragment fragment;
+        weight.template load<OUTPUTS>(fragment, stage, half * 16, slice);
 #pragma unroll
         for (unsigned tile = 0; tile < TILES; ++tile) {
             uint32_t b[4];
-            load_matrices(b, inputs + place_of(tile * 8 + lane % 8, slice * 4 + lane / 8));
-            mma_16x8x16(sums[tile], a[0], b[0], b[1]);
-            mma_16x8x16(sums[tile], a[1], b[2], b[3]);
+            load_rows(b, stage + WEIGHT_BYTES, tile * 8, slice);
+            weight.accumulate(sums[tile], fragment, b);
         }
     }
 
@@ -80,22 +77,44 @@ __device__ __forceinline__ void multiply(Global<const bf16> x, Global<const bf16
             const float part = partial[(s * Rows + row) * PARTIAL_STRIDE + output];
             sum += part;
         }
-        return sum;
+        return weight.scaled(sum, first_output + output);
     };
     finish<OUTPUTS, Rows>(sum_of, blockIdx.x, blockIdx.y, bias, rows, epilogue, cap, width, out);
 }
 
-#define MATMUL_SKINNY(ROWS, STAGES)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS) matmul_skinny_##ROWS(                                         \
-        Global<const bf16> x, Global<const bf16> weight, Global<const float> bias, unsigned rows, unsigned out_features, \
-        unsigned stride, unsigned epilogue, float cap, unsigned width, Global<float> out) {                             \
-        multiply<ROWS, STAGES>(x, weight, bias, rows, out_features, stride, epilogue, cap, width, out);                 \
+#define MATMUL_SKINNY(NAME, ROWS, STAGES, WEIGHT, ...)                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
+        NAME(Global<const bf16> x, __VA_ARGS__, Global<const float> bias, unsigned rows, unsigned out_features,         \
+             unsigned stride, unsigned epilogue, float cap, unsigned width, Global<float> out) {                        \
+        multiply<ROWS, STAGES>(x, WEIGHT, bias, rows, out_features, stride, epilogue, cap, width, out);                 \
     }                                                                                                                   \
-    KERNEL(matmul_skinny_##ROWS)
+    KERNEL(NAME)
 
-MATMUL_SKINNY(8, 6)
-MATMUL_SKINNY(16, 6)
-MATMUL_SKINNY(32, 5)
-MATMUL_SKINNY(64, 4)
+#define MATMUL_SKINNY_BF16(ROWS, STAGES) \
+    MATMUL_SKINNY(matmul_skinny_##ROWS, ROWS, STAGES, Bf16{weight}, Global<const bf16> weight)
+#define MATMUL_SKINNY_INT8(ROWS, STAGES)                                              \
+    MATMUL_SKINNY(matmul_skinny_int8_##ROWS, ROWS, STAGES, (Int8{codes, scales}),     \
+                  Global<const signed char> codes, Global<const __half> scales)
+#define MATMUL_SKINNY_FP8(ROWS, STAGES)                                               \
+    MATMUL_SKINNY(matmul_skinny_fp8_##ROWS, ROWS, STAGES, (Fp8{codes, scales}),       \
+                  Global<const unsigned char> codes, Global<const float> scales)
+
+MATMUL_SKINNY_BF16(8, 6)
+MATMUL_SKINNY_BF16(16, 6)
+MATMUL_SKINNY_BF16(32, 5)
+MATMUL_SKINNY_BF16(64, 4)
 // Two stages, for the shared memory of sm_89; two blocks on a multiprocessor hide each other's waits.
-MATMUL_SKINNY(128, 2)
+MATMUL_SKINNY_BF16(128, 2)
+
+// Codes are half as many bytes a step: more steps are on their way.
+MATMUL_SKINNY_INT8(8, 8)
+MATMUL_SKINNY_INT8(16, 8)
+MATMUL_SKINNY_INT8(32, 6)
+MATMUL_SKINNY_INT8(64, 3)  // with four, registers spill on sm_80
+MATMUL_SKINNY_INT8(128, 2)
+
+MATMUL_SKINNY_FP8(8, 8)
+MATMUL_SKINNY_FP8(16, 8)
+MATMUL_SKINNY_FP8(32, 6)
+MATMUL_SKINNY_FP8(64, 4)
+MATMUL_SKINNY_FP8(128, 2)

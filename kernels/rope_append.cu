@@ -5,7 +5,8 @@
 //   query_norm, key_norm   [head_dim] float32, null where the model has none: RMSNorm of each head before the rotation
 //   angles      [positions][cos × pairs | sin × pairs] float32: coordinate i is rotated with coordinate i + pairs
 //   positions   [rows]
-//   pages, slots   [rows]: the page and the place in it that the row's token has (pages.cuh)
+//   pages, slots   [rows]: the page and the place in it that the row's token has (pages.cuh); a row without a page is
+//               left alone
 //
 // A warp is one head of one row; blocks are (row, four heads). Bound by latency at decode: a row is some KB.
 
@@ -26,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP_SIZE)
     wait_for_predecessor();
     const unsigned row = blockIdx.x, lane = lane_index();
     const unsigned head = blockIdx.y * WARPS + warp_index();
-    if (head >= heads + 2 * kv_heads) return;
+    if (head >= heads + 2 * kv_heads || pages[row] == nullptr) return;
     const bool is_query = head < heads, is_value = head >= heads + kv_heads;
     const Global<float> numbers = qkv + (size_t{row} * (heads + 2 * kv_heads) + head) * head_dim;
 

@@ -2,7 +2,7 @@
 // logits give the same token bit for bit, and the same sums for its log-probability.
 //
 //   logits    [rows, vocab_size] float32
-//   draws     [blocks]: what is drawn, from which row
+//   draws     [blocks]: what is drawn, from which row; without a row (NONE) nothing is
 //   edits     (token, bias, penalised), sorted by token within a draw: biases are added in their order, then the penalty
 //   adjusted  [.., vocab_size]: where draws with edits keep their logits
 //   out       [blocks]
@@ -358,6 +358,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     wait_for_predecessor();
     // Read where it is used: sixteen words would take registers throughout.
     const Global<const Draw> draw = draws + blockIdx.x;
+    if (draw->row == NONE) return;
     const Scratch s = scratch();
     Global<const float> logits = all_logits + size_t{draw->row} * vocab_size;
     MaxAndSum of_row = max_and_sum<THREADS>(logits, vocab_size, s.chunks);

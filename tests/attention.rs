@@ -182,7 +182,7 @@ impl Layer<'_> {
             qkv.row_mut(index).copy_from_slice(row);
         }
         let (cpu, kv) = (&self.cpu, &mut self.kv);
-        let plan = cpu.plan(&batch, &[&self.rope], kv).unwrap();
+        let plan = cpu.plan(&batch, None, &[&self.rope], kv).unwrap();
         cpu.rope_append(&plan, &attention, &mut qkv, kv);
         if !attend {
             return Vec::new();

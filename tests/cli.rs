@@ -639,7 +639,7 @@ fn a_reader_that_goes_away_ends_the_command_quietly() {
 
 #[cfg(unix)]
 #[test]
-fn ctrl_c_keeps_the_items_that_are_done() {
+fn a_signal_keeps_the_items_that_are_done() {
     use std::io::{BufRead, BufReader};
     let model = ChatModel::with_context(3, 1 << 20);
     let folder = tempfile::tempdir().unwrap();
@@ -652,53 +652,57 @@ fn ctrl_c_keeps_the_items_that_are_done() {
         json!({"messages": chat}),
     ];
     std::fs::write(path("items"), format!("{}\n{}\n", items[0], items[1])).unwrap();
-    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin!("podium"))
-        .args([
-            "generate",
-            "--input",
-            &path("items"),
-            "--features",
-            &path("features"),
-        ])
-        .args([
-            "--max-tokens",
-            "500000",
-            "--n",
-            "2",
-            "--temperature",
-            "0",
-            "--model",
-        ])
-        .arg(model.path())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut written = BufReader::new(child.stdout.take().unwrap()).lines();
-    let first: Value = serde_json::from_str(&written.next().unwrap().unwrap()).unwrap();
-    assert_eq!(first["candidates"].as_array().unwrap().len(), 2);
-    interrupt(&child);
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let message = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(
-        message,
-        "podium: interrupted: wrote the first 1 of 2 items\n"
-    );
-    assert!(written.next().is_none());
-    assert_eq!(
-        feature_rows(Path::new(&path("features")), "candidates").len(),
-        2
-    );
+    for (signal, features) in [("INT", "features-int"), ("TERM", "features-term")] {
+        let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin!("podium"))
+            .args([
+                "generate",
+                "--input",
+                &path("items"),
+                "--features",
+                &path(features),
+            ])
+            .args([
+                "--max-tokens",
+                "500000",
+                "--n",
+                "2",
+                "--temperature",
+                "0",
+                "--model",
+            ])
+            .arg(model.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut written = BufReader::new(child.stdout.take().unwrap()).lines();
+        let first: Value = serde_json::from_str(&written.next().unwrap().unwrap()).unwrap();
+        assert_eq!(first["candidates"].as_array().unwrap().len(), 2);
+        send(signal, &child);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(
+            message,
+            "podium: interrupted: wrote the first 1 of 2 items\n"
+        );
+        assert!(written.next().is_none());
+        assert_eq!(
+            feature_rows(Path::new(&path(features)), "candidates").len(),
+            2
+        );
+    }
+    // No temporary file is left.
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 3);
 }
 
 #[cfg(unix)]
-fn interrupt(child: &std::process::Child) {
+fn send(signal: &str, child: &std::process::Child) {
     let process = child.id().to_string();
-    let signal = std::process::Command::new("kill")
-        .args(["-INT", &process])
+    let sent = std::process::Command::new("kill")
+        .args(["-s", signal, &process])
         .status();
-    assert!(signal.unwrap().success());
+    assert!(sent.unwrap().success());
 }
 
 #[cfg(unix)]
@@ -731,7 +735,7 @@ fn ctrl_c_ends_with_the_texts_so_far() {
     // Said right before Ctrl-C is caught.
     while !messages.next().unwrap().unwrap().contains("prompt tokens") {}
     std::thread::sleep(Duration::from_millis(500));
-    interrupt(&child);
+    send("INT", &child);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let last = messages.last().unwrap().unwrap();

@@ -171,7 +171,14 @@ fn values_that_are_none() {
             &["generate", "Hi", "--device", "gpu"],
             "give auto, cpu, cuda, cuda:INDEX or emulate",
         ),
-        (&["generate", "Hi", "--dtype", "bf16"], "in eight bits (q8)"),
+        (
+            &["generate", "Hi", "--dtype", "bf16"],
+            "in eight bits (q8, fp8)",
+        ),
+        (
+            &["generate", "Hi", "--dtype", "fp8"],
+            "--dtype fp8 is for --device cuda",
+        ),
         (&layer("0"), "give a layer's number"),
         (&layer("1.5"), "give a layer's number"),
     ] {

@@ -1,4 +1,5 @@
-//! Whole requests on the CUDA kernels, run by the emulation, against the CPU.
+//! Whole requests on the CUDA kernels, run by the emulation, against the CPU. With
+//! `PODIUM_TEST_DEVICE=cuda` a GPU runs them.
 
 #[path = "support/chat_model.rs"]
 mod chat_model;
@@ -16,7 +17,9 @@ use golden_file::{Golden, Reference, folder};
 use podium::backend::cpu::Cpu;
 use podium::backend::cpu::simd::Isa;
 use podium::backend::cuda::Cuda;
+use podium::backend::cuda::device::Device;
 use podium::backend::cuda::emulated::{Checks, Emulated};
+use podium::backend::cuda::gpu::Gpu;
 use podium::backend::{Backend, Batch, Group, PAGE_LEN, Segment};
 use podium::engine::select::Strategy;
 use podium::engine::{Candidate, Engine, GenerateRequest, Generated, ScoreRequest, Scored};
@@ -46,8 +49,18 @@ fn on_cpu(path: &Path) -> Model<Cpu> {
 
 fn emulated(path: &Path, checks: Checks) -> Model<Cuda> {
     let files = ModelFiles::open(path).unwrap();
-    let cuda = Cuda::new(Arc::new(Emulated::new(checks)));
-    Model::load(cuda, &files, &mut |_| {}).unwrap()
+    Model::load(cuda(checks), &files, &mut |_| {}).unwrap()
+}
+
+/// The emulation, or the GPU that `PODIUM_TEST_DEVICE` names (`cuda`, `cuda:INDEX`).
+fn cuda(checks: Checks) -> Cuda {
+    let gpu = std::env::var("PODIUM_TEST_DEVICE").ok();
+    let gpu = gpu.filter(|name| !name.is_empty() && name != "emulate");
+    let device: Arc<dyn Device> = match gpu {
+        Some(name) => Arc::new(Gpu::named(&name).unwrap()),
+        None => Arc::new(Emulated::new(checks)),
+    };
+    Cuda::new(device)
 }
 
 fn engine<B: Backend>(model: Model<B>) -> Engine<B> {
@@ -225,6 +238,7 @@ fn candidate_k_is_the_same_to_the_bit_whatever_n_is() {
             let checks = Checks {
                 races: prompt_len == 37,
                 order_seed: Some(order),
+                ..Checks::default()
             };
             let mut model = emulated(&folder("qwen3"), checks);
             model.config.max_position_embeddings = 2048;
@@ -296,6 +310,146 @@ fn a_crowd_changes_nothing() {
     }
 }
 
+/// A model whose weights are in eight bits on the device, beside the CPU's with the same numbers.
+struct EightBits {
+    name: &'static str,
+    cpu: Model<Cpu>,
+    cuda: Model<Cuda>,
+}
+
+fn eight_bits(checks: Checks) -> Vec<EightBits> {
+    let exact = || Cpu::new(2, Isa::best()).unwrap().exact();
+    let on_cpu = |files: &ModelFiles| Model::load(exact(), files, &mut |_| {}).unwrap();
+    let q8 = |name| {
+        let files = ModelFiles::open(&folder(name)).unwrap().quantized();
+        EightBits {
+            name,
+            cpu: on_cpu(&files),
+            cuda: Model::load(cuda(checks), &files, &mut |_| {}).unwrap(),
+        }
+    };
+    let fp8 = |name| {
+        let files = ModelFiles::open(&folder(name)).unwrap();
+        let rounded = rounded_to_e4m3(name);
+        EightBits {
+            name,
+            cpu: on_cpu(&ModelFiles::open(rounded.path()).unwrap()),
+            cuda: Model::load(cuda(checks).fp8(), &files, &mut |_| {}).unwrap(),
+        }
+    };
+    // GGUF's own Q8_0, and 16 bits quantised; e4m3 with and without biases, tied and not.
+    vec![
+        q8("gguf-q8-0"),
+        q8("qwen2-window"),
+        fp8("qwen3"),
+        fp8("qwen2"),
+        fp8("llama-untied"),
+    ]
+}
+
+/// A copy of a model with every weight matrix rounded to e4m3, a scale an output, by search among all
+/// 256 numbers.
+fn rounded_to_e4m3(name: &str) -> tempfile::TempDir {
+    use safetensors::{Dtype, tensor::TensorView};
+    let number = |code: i32| match (code >> 3 & 15, f64::from(code & 7)) {
+        (0, fraction) => fraction / 8.0 * 2f64.powi(-6),
+        (exponent, fraction) => (1.0 + fraction / 8.0) * 2f64.powi(exponent - 7),
+    };
+    let numbers: Vec<f64> = (0..0x7F).map(number).collect();
+    let files = ModelFiles::open(&folder(name)).unwrap();
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = files
+        .tensor_names()
+        .map(|name| {
+            let tensor = files.tensor(name).unwrap();
+            let mut values = tensor.to_f32();
+            if tensor.shape.len() == 2 {
+                for row in values.chunks_mut(tensor.columns()) {
+                    let scale = row.iter().fold(0.0f32, |m, x| m.max(x.abs())) / 448.0;
+                    for x in row {
+                        let wanted = f64::from(x.abs() / scale);
+                        let off = |code: &usize| ((numbers[*code] - wanted).abs(), code % 2);
+                        let nearest = (0..numbers.len())
+                            .min_by(|a, b| off(a).partial_cmp(&off(b)).unwrap())
+                            .unwrap();
+                        *x = (numbers[nearest] as f32 * scale).copysign(*x);
+                    }
+                }
+            }
+            let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            (name.to_string(), tensor.shape, bytes)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let view = TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap();
+        (name.clone(), view)
+    });
+    let into = tempfile::tempdir().unwrap();
+    safetensors::serialize_to_file(views, None, &into.path().join("model.safetensors")).unwrap();
+    for file in ["config.json", "generation_config.json"] {
+        std::fs::copy(folder(name).join(file), into.path().join(file)).unwrap();
+    }
+    into
+}
+
+#[test]
+fn eight_bit_weights_give_the_cpus_numbers() {
+    for EightBits { name, cpu, cuda } in eight_bits(Checks::default()) {
+        let golden = Golden::read(name);
+        // Bfloat16 would be twice as many as weights; scales and padding are less than half.
+        assert!(
+            cuda.weight_bytes() < cuda.multiply_adds() * 3 / 2,
+            "{name}: {} bytes",
+            cuda.weight_bytes()
+        );
+        let all = cpu.config.layers;
+        let [expected, got] = [
+            logits(&cpu, &golden.prompt.tokens),
+            logits(&cuda, &golden.prompt.tokens),
+        ];
+        assert_near(&format!("{name}: logits"), &got, &expected, bound(all));
+        let expected = score(&mut engine(cpu), &golden, &[1, all]);
+        let got = score(&mut engine(cuda), &golden, &[1, all]);
+        for (i, layer) in [1, all].into_iter().enumerate() {
+            for candidate in 0..golden.candidates.len() {
+                let what = format!("{name}: candidate {candidate} after layer {layer}");
+                let [ours, reference] =
+                    [&got, &expected].map(|s| &s.candidate_features[candidate][i]);
+                assert_near(&what, ours, reference, bound(layer));
+            }
+        }
+        for (ours, reference) in got.token_logprobs.iter().zip(&expected.token_logprobs) {
+            let what = format!("{name}: log-probabilities");
+            assert_near(&what, ours, reference, bound(all));
+        }
+    }
+}
+
+/// One candidate's row and seven go through other kernels, as do a prompt's rows.
+#[test]
+fn with_eight_bit_weights_candidate_k_is_the_same_too() {
+    let run = |n: usize, order: u64| -> Vec<Generated> {
+        let checks = Checks {
+            races: true,
+            order_seed: Some(order),
+            ..Checks::default()
+        };
+        let models = eight_bits(checks).into_iter();
+        models
+            .map(|model| {
+                let prompt = Golden::read(model.name).prompt.tokens;
+                let mut request = GenerateRequest::new(prompt);
+                request.sampling.temperature = 1.5;
+                (request.n, request.max_tokens, request.seed) = (n, 4, 5);
+                (request.feature_layers, request.ignore_end) = (vec![1], true);
+                generate(&mut engine(model.cuda), &request)
+            })
+            .collect()
+    };
+    for (one, twelve) in run(1, 1).iter().zip(&run(12, 2)) {
+        assert_eq!(bits(&one.candidates[0]), bits(&twelve.candidates[0]));
+    }
+}
+
 #[test]
 fn the_same_candidate_is_chosen() {
     let model = ChatModel::new(4);
@@ -343,12 +497,14 @@ fn the_same_candidate_is_chosen() {
 #[test]
 fn the_command_line_takes_it() {
     let model = ChatModel::new(4);
-    let run = |n: &str| {
+    let test_device = std::env::var("PODIUM_TEST_DEVICE");
+    let test_device = test_device.unwrap_or_else(|_| "emulate".to_string());
+    let run = |n: &str, dtype: &str| {
         let arguments = [
             "generate",
             "Hi",
             "--device",
-            "emulate",
+            &test_device,
             "--max-tokens",
             "6",
             "--seed",
@@ -359,7 +515,7 @@ fn the_command_line_takes_it() {
             .arg("--model")
             .arg(model.path())
             .args(arguments)
-            .args(["--n", n, "--json"])
+            .args(["--n", n, "--dtype", dtype, "--json"])
             .output()
             .unwrap();
         assert!(
@@ -370,7 +526,9 @@ fn the_command_line_takes_it() {
         let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         json["candidates"][0].clone()
     };
-    let (one, three) = (run("1"), run("3"));
-    assert_eq!(one["token_ids"], three["token_ids"]);
-    assert_eq!(one["cumulative_logprob"], three["cumulative_logprob"]);
+    for dtype in ["auto", "q8", "fp8"] {
+        let (one, three) = (run("1", dtype), run("3", dtype));
+        assert_eq!(one["token_ids"], three["token_ids"]);
+        assert_eq!(one["cumulative_logprob"], three["cumulative_logprob"]);
+    }
 }

@@ -53,7 +53,32 @@ impl Cost {
     }
 }
 
+/// How weights are held: bytes of each, scales included.
+#[derive(Clone, Copy)]
+struct Form {
+    name: &'static str,
+    weight_bytes: f64,
+}
+const BF16: Form = Form {
+    name: "bfloat16",
+    weight_bytes: 2.0,
+};
+const FORMS: [Form; 3] = [
+    BF16,
+    // A float16 for each 32.
+    Form {
+        name: "int8",
+        weight_bytes: 1.0 + 2.0 / 32.0,
+    },
+    // A float32 for each output, of 4096 inputs or more.
+    Form {
+        name: "fp8",
+        weight_bytes: 1.0 + 4.0 / HIDDEN,
+    },
+];
+
 fn product(
+    form: Form,
     name: &'static str,
     launches: f64,
     rows: f64,
@@ -61,8 +86,8 @@ fn product(
     outputs: f64,
     results: f64,
 ) -> Cost {
-    // Weights and inputs in bfloat16, results in float32.
-    let bytes = 2.0 * outputs * inputs + 2.0 * rows * inputs + 4.0 * rows * results;
+    // Inputs in bfloat16, results in float32.
+    let bytes = form.weight_bytes * outputs * inputs + 2.0 * rows * inputs + 4.0 * rows * results;
     Cost {
         name,
         launches,
@@ -85,11 +110,16 @@ const QKV: f64 = (HEADS + 2.0 * KV_HEADS) * HEAD_DIM;
 const TOKEN_BYTES: f64 = KV_HEADS * 2.0 * HEAD_DIM * 2.0;
 
 /// What is the same for every row, whichever way its attention goes.
-fn around_attention(rows: f64, matmul: [&'static str; 4], attention: Vec<Cost>) -> Vec<Cost> {
+fn around_attention(
+    form: Form,
+    rows: f64,
+    matmul: [&'static str; 4],
+    attention: Vec<Cost>,
+) -> Vec<Cost> {
     let mut costs = vec![
-        moving("embed", 1.0, rows * HIDDEN * 6.0),
+        moving("embed", 1.0, rows * HIDDEN * (form.weight_bytes + 4.0)),
         moving("norm_rows", 2.0 * LAYERS + 1.0, rows * HIDDEN * 6.0),
-        product(matmul[0], LAYERS, rows, HIDDEN, QKV, QKV),
+        product(form, matmul[0], LAYERS, rows, HIDDEN, QKV, QKV),
         // Queries are written back, keys and values go to the cache.
         moving(
             "rope_append",
@@ -104,8 +134,9 @@ fn around_attention(rows: f64, matmul: [&'static str; 4], attention: Vec<Cost>) 
             2.0 * LAYERS,
             rows * (HIDDEN + INTERMEDIATE) / 2.0 * 6.0,
         ),
-        product(matmul[1], LAYERS, rows, HIDDEN, HIDDEN, HIDDEN),
+        product(form, matmul[1], LAYERS, rows, HIDDEN, HIDDEN, HIDDEN),
         product(
+            form,
             matmul[2],
             LAYERS,
             rows,
@@ -113,14 +144,14 @@ fn around_attention(rows: f64, matmul: [&'static str; 4], attention: Vec<Cost>) 
             2.0 * INTERMEDIATE,
             INTERMEDIATE,
         ),
-        product(matmul[3], LAYERS, rows, INTERMEDIATE, HIDDEN, HIDDEN),
+        product(form, matmul[3], LAYERS, rows, INTERMEDIATE, HIDDEN, HIDDEN),
         moving("copy of the ranker's layer", 1.0, rows * HIDDEN * 8.0),
     ]);
     costs
 }
 
 /// A step of n candidates behind a shared prompt.
-fn step(n: usize) -> Vec<Cost> {
+fn step(n: usize, form: Form) -> Vec<Cost> {
     let n = n as f64;
     let runs = match path(PROMPT) {
         AttentionPath::Whole => panic!("a prompt of {PROMPT} tokens is shared"),
@@ -159,9 +190,10 @@ fn step(n: usize) -> Vec<Cost> {
         "matmul_skinny: gate, up",
         "matmul_skinny: down",
     ];
-    let mut costs = around_attention(n, names, attention);
+    let mut costs = around_attention(form, n, names, attention);
     costs.extend([
         product(
+            form,
             "matmul_skinny: LM head",
             1.0,
             n,
@@ -191,7 +223,7 @@ fn gather_rank(n: f64) -> Cost {
 }
 
 /// A prompt, prefilled at once.
-fn prefill() -> Vec<Cost> {
+fn prefill(form: Form) -> Vec<Cost> {
     let rows = PROMPT as f64;
     let attention = vec![Cost {
         // Half of all pairs, for a token sees those before it.
@@ -208,8 +240,9 @@ fn prefill() -> Vec<Cost> {
         "matmul_tiled: gate, up",
         "matmul_tiled: down",
     ];
-    let mut costs = around_attention(rows, names, attention);
+    let mut costs = around_attention(form, rows, names, attention);
     costs.push(product(
+        form,
         "matmul_skinny: LM head",
         1.0,
         1.0,
@@ -288,7 +321,7 @@ fn times_of(costs: &[Cost]) -> String {
 }
 
 fn tables() -> String {
-    let steps = CANDIDATES.map(step);
+    let steps = CANDIDATES.map(|n| step(n, BF16));
     let columns = CANDIDATES.map(|n| format!(" N = {n} |")).concat();
     let mut text = table(
         &format!("| a step moves and multiplies | launches |{columns}"),
@@ -312,7 +345,7 @@ fn tables() -> String {
         let _ = write!(text, " {} |", times_of(std::slice::from_ref(&cost)));
     }
     text.push_str("\n\n");
-    let prefill = [prefill()];
+    let prefill = [prefill(BF16)];
     text += &table(
         &format!("| prefill of {PROMPT} tokens | launches | |"),
         &prefill,
@@ -320,6 +353,40 @@ fn tables() -> String {
     );
     text.push('\n');
     text += &table("| µs, H100 and H200 | launches | |", &prefill, times_of);
+    text.push('\n');
+    text += &by_form(&columns);
+    text
+}
+
+/// Whole steps and the prefill, their weights in each form.
+fn by_form(columns: &str) -> String {
+    let mut text = format!(
+        "| weights | |{columns} prefill of {PROMPT} |\n|{}\n",
+        " --- |".repeat(3 + CANDIDATES.len())
+    );
+    for form in FORMS {
+        let passes: Vec<(f64, Vec<Cost>)> = CANDIDATES
+            .map(|n| (n as f64, step(n, form)))
+            .into_iter()
+            .chain([(PROMPT as f64, prefill(form))])
+            .collect();
+        let mut row = |name: &str, cell: &dyn Fn(f64, &[Cost]) -> String| {
+            let _ = write!(text, "| {name} |");
+            for (tokens, costs) in &passes {
+                let _ = write!(text, " {} |", cell(*tokens, costs));
+            }
+            text.push('\n');
+        };
+        let name = form.name;
+        row(&format!("{name} | moved"), &|_, costs| {
+            work(all(costs, |c| c.bytes), 0.0)
+        });
+        row("| µs, H100 and H200", &|_, costs| times_of(costs));
+        row("| tokens a second, at most", &|tokens, costs| {
+            let rate = |gpu: &Gpu| tokens / all(costs, |cost| cost.seconds(gpu));
+            GPUS.map(|gpu| format!("{:.0}", rate(&gpu))).join(", ")
+        });
+    }
     text
 }
 
@@ -346,6 +413,6 @@ fn a_step_reads_the_weights_once_and_more_candidates_cost_more() {
             + VOCABULARY * HIDDEN);
     // Llama-3.1-8B has 8.03e9 parameters, of which the embedding's 0.53e9 are not read.
     assert!((weights / 2.0 - 7.5e9).abs() < 0.01e9);
-    let bytes = CANDIDATES.map(|n| step(n).iter().map(|cost| cost.bytes).sum::<f64>());
+    let bytes = CANDIDATES.map(|n| step(n, BF16).iter().map(|cost| cost.bytes).sum::<f64>());
     assert!(bytes[0] > weights && bytes[0] < 1.02 * weights && bytes.is_sorted());
 }

@@ -23,7 +23,7 @@ class Global {
     std::uint64_t address() const { return address_; }
 
     T& operator[](std::ptrdiff_t i) const { return *(*this + i); }
-    T& operator*() const { return *reinterpret_cast<T*>(emulate::global_bytes(address_, sizeof(T), alignof(T))); }
+    T& operator*() const { return *reinterpret_cast<T*>(emulate::global_bytes(address_, sizeof(T), alignof(T), !std::is_const_v<T>)); }
     T* operator->() const { return &**this; }
 
     Global operator+(std::ptrdiff_t n) const { return at(address_ + static_cast<std::uint64_t>(n) * sizeof(T)); }

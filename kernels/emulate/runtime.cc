@@ -9,6 +9,7 @@
 #include <deque>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "fiber.h"
 
@@ -18,6 +19,7 @@ thread_local Block block;
 
 namespace {
 
+constexpr unsigned WARPGROUP = 4 * WARP;
 constexpr std::size_t STACK_BYTES = 64 * 1024;
 constexpr std::uint64_t CANARY = 0x0BAD57AC0BAD57ACull;
 constexpr std::size_t FRAME_BYTES = 4096;  // the most that a GPU takes as arguments
@@ -40,6 +42,25 @@ struct Shadow {
 };
 // Instead of a thread's number: several threads of a warp (MANY + warp), or of several warps.
 constexpr std::uint16_t MANY = 0x8000, ALL = 0xFFFF;
+
+// A barrier that counts arrivals and bytes.
+struct ByteBarrier {
+    std::uint32_t offset;
+    unsigned arrivals;  // that end a phase
+    unsigned missing;   // of this phase
+    std::int64_t bytes;  // expected and not yet there
+    unsigned phase;
+    std::vector<Thread*> waiting;
+};
+
+// A tile on its way.
+struct TileCopy {
+    std::uint32_t to;
+    std::uint32_t barrier;
+    const char* from;  // the matrix's first number
+    std::uint64_t columns, rows, stride, box_columns, box_rows;
+    unsigned column, row;
+};
 
 struct Random {
     std::uint64_t state;
@@ -70,6 +91,9 @@ struct Worker {
     Place barrier{};
     std::uint32_t epoch = 0;  // never goes back, so that the shadow need not be cleared for each block
     std::uint16_t warp_epoch[WARP] = {};
+    std::vector<ByteBarrier> byte_barriers;
+    std::vector<TileCopy> tile_copies;
+    unsigned warpgroup_arrived[MAX_THREADS / WARPGROUP] = {};
     bool failed = false;
     char error[1024] = {};
 
@@ -117,6 +141,7 @@ void wait_at(Place place) {
 void fiber_main() {
     Worker& w = worker();
     w.kernel->run(w.frame);
+    if (!block.current->after_predecessor) fail("it ends without having waited for the kernels before it");
     block.current->exited = true;
     ++w.exited;
     yield();
@@ -189,6 +214,11 @@ void fail_global(std::uint64_t address, std::size_t bytes, std::size_t alignment
         fail("misaligned access to global memory: %zu bytes at offset %llu", bytes, offset);
     fail("global memory out of bounds: %zu bytes at offset %llu of an allocation of %llu", bytes, offset,
          static_cast<unsigned long long>(allocations[id].bytes));
+}
+
+void fail_early(bool may_write) {
+    if (may_write) fail("early access: it may write global memory before it waits for the kernels before it");
+    fail("early access: it reads what a kernel has written before it waits for the kernels before it");
 }
 
 void fail_shared(std::uint32_t offset, std::size_t bytes, std::size_t alignment) {
@@ -340,9 +370,165 @@ void track_shared(std::uint32_t offset, std::size_t bytes, Access access, const 
     }
 }
 
+// Barriers that count bytes, and the copies that they count
+
+namespace {
+
+ByteBarrier& byte_barrier(std::uint32_t offset) {
+    for (ByteBarrier& barrier : worker().byte_barriers)
+        if (barrier.offset == offset) return barrier;
+    fail("there is no mbarrier at offset %u", offset);
+}
+
+void end_phase_if_complete(ByteBarrier& barrier) {
+    if (barrier.missing != 0 || barrier.bytes != 0) return;
+    ++barrier.phase;
+    barrier.missing = barrier.arrivals;
+    for (Thread* thread : barrier.waiting) make_ready(worker(), *thread);
+    barrier.waiting.clear();
+}
+
+// Where a byte of a swizzled tile lies: bits 4 to 6 of its address change with bits 7 to 9.
+std::uint32_t swizzled(std::uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// The tiles that are on their way arrive. False where there are none.
+bool deliver_tiles() {
+    Worker& w = worker();
+    if (w.tile_copies.empty()) return false;
+    const std::vector<TileCopy> copies = std::exchange(w.tile_copies, {});
+    for (const TileCopy& copy : copies) {
+        const auto row_bytes = static_cast<std::uint32_t>(copy.box_columns * 2);
+        for (std::uint64_t r = 0; r < copy.box_rows; ++r)
+            for (std::uint64_t c = 0; c < copy.box_columns; ++c) {
+                std::uint16_t number = 0;
+                if (copy.row + r < copy.rows && copy.column + c < copy.columns)
+                    std::memcpy(&number, copy.from + (copy.row + r) * copy.stride + (copy.column + c) * 2, 2);
+                const auto at = copy.to + static_cast<std::uint32_t>(r) * row_bytes + static_cast<std::uint32_t>(c) * 2;
+                std::memcpy(block.shared + swizzled(at), &number, 2);
+            }
+        ByteBarrier& barrier = byte_barrier(copy.barrier);
+        barrier.bytes -= static_cast<std::int64_t>(row_bytes * copy.box_rows);
+        end_phase_if_complete(barrier);
+    }
+    return true;
+}
+
+}  // namespace
+
+void mbarrier_init(std::uint32_t barrier, unsigned arrivals) {
+    shared_bytes(barrier, 8, 8, Access::write);
+    worker().byte_barriers.push_back({barrier, arrivals, arrivals, 0, 0, {}});
+}
+
+void mbarrier_arrive(std::uint32_t offset, unsigned bytes) {
+    ByteBarrier& barrier = byte_barrier(offset);
+    barrier.bytes += bytes;
+    if (barrier.missing == 0) fail("more arrivals at the mbarrier at offset %u than its phase has", offset);
+    --barrier.missing;
+    end_phase_if_complete(barrier);
+}
+
+void mbarrier_wait(std::uint32_t offset, unsigned parity, Place place) {
+    while (byte_barrier(offset).phase % 2 == parity) {
+        byte_barrier(offset).waiting.push_back(block.current);
+        wait_at(place);
+    }
+}
+
+void copy_tile(std::uint32_t to, std::uint64_t map, unsigned column, unsigned row, std::uint32_t barrier) {
+    std::uint64_t fields[16];
+    std::memcpy(fields, global_bytes(map, sizeof fields, 64, false), sizeof fields);
+    TileCopy copy{to, barrier, nullptr, fields[1], fields[2], fields[3], fields[4], fields[5], column, row};
+    copy.from = global_bytes(fields[0], (copy.rows - 1) * copy.stride + copy.columns * 2, 16, false);
+    if (copy.stride % 16 != 0) fail("a tile's matrix has rows of %llu bytes, not whole sixteens", static_cast<unsigned long long>(copy.stride));
+    if (copy.box_columns * 2 != 128) fail("a tile with a swizzle of 128 bytes has rows of %llu", static_cast<unsigned long long>(copy.box_columns * 2));
+    const auto bytes = static_cast<std::uint32_t>(copy.box_rows * 128);
+    if (to % 1024 != 0 || to + bytes > block.shared_bytes) fail_shared(to, bytes, 1024);
+    std::memset(block.shared + to, 0xFF, bytes);
+    byte_barrier(barrier);
+    worker().tile_copies.push_back(copy);
+}
+
+// Products of a warpgroup
+
+namespace {
+
+// The numbers of rows of sixteen at a descriptor.
+void read_tile(float* numbers, unsigned rows, std::uint64_t descriptor) {
+    const auto start = static_cast<std::uint32_t>(descriptor & 0x3FFF) << 4;
+    const auto stride = static_cast<std::uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
+        fail("a descriptor of another layout than a swizzle of 128 bytes at aligned tiles");
+    for (unsigned row = 0; row < rows; ++row)
+        for (unsigned k = 0; k < 16; ++k) {
+            const std::uint32_t at = swizzled(start + row / 8 * stride + row % 8 * 128 + k * 2);
+            if (at + 2 > block.shared_bytes) fail_shared(at, 2, 2);
+            std::uint16_t bits;
+            std::memcpy(&bits, block.shared + at, 2);
+            numbers[row * 16 + k] = std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+        }
+}
+
+// The products of all groups before `done`, in the order in which they were begun; `threads` are the warpgroup's.
+void multiply(Thread* threads, std::uint32_t done) {
+    constexpr unsigned M = 64, N = 128;
+    static thread_local float a[M * 16], b[N * 16];
+    std::size_t count = 0;
+    while (count < threads[0].products.size() && threads[0].products[count].group < done) ++count;
+    for (std::size_t i = 0; i < count; ++i) {
+        const AsyncProduct& product = threads[0].products[i];
+        for (unsigned t = 1; t < WARPGROUP; ++t) {
+            const auto& others = threads[t].products;
+            if (i >= others.size() || others[i].a != product.a || others[i].b != product.b || others[i].first != product.first)
+                fail("threads %u and %u of a warpgroup differ in a product", threads[0].number, threads[t].number);
+        }
+        read_tile(a, M, product.a);
+        read_tile(b, N, product.b);
+        for (unsigned t = 0; t < WARPGROUP; ++t) {
+            float* d = threads[t].products[i].d;
+            const unsigned lane = t % WARP, warp = t / WARP;
+            for (unsigned j = 0; j < N / 8; ++j)
+                for (unsigned e = 0; e < 4; ++e) {
+                    const float* left = a + (16 * warp + lane / 4 + e / 2 * 8) * 16;
+                    const float* right = b + (8 * j + 2 * (lane % 4) + e % 2) * 16;
+                    float sum = 0.0f;
+                    for (unsigned k = 0; k < 16; ++k) sum += left[k] * right[k];
+                    d[4 * j + e] = product.first ? sum : d[4 * j + e] + sum;
+                }
+        }
+    }
+    for (unsigned t = 0; t < WARPGROUP; ++t) {
+        auto& products = threads[t].products;
+        products.erase(products.begin(), products.begin() + static_cast<std::ptrdiff_t>(count));
+    }
+}
+
+}  // namespace
+
+void wgmma_bf16(float* d, std::uint64_t a, std::uint64_t b, bool first) {
+    Thread& t = *block.current;
+    t.products.push_back({d, a, b, first, t.open_product_group});
+}
+
+void wgmma_commit() { ++block.current->open_product_group; }
+
+void wgmma_wait(unsigned pending, Place place) {
+    Worker& w = worker();
+    Thread& self = *block.current;
+    const unsigned warpgroup = self.number / WARPGROUP;
+    if ((warpgroup + 1) * WARPGROUP > block.threads) fail("a product of a warpgroup that is not whole");
+    if (++w.warpgroup_arrived[warpgroup] < WARPGROUP) return wait_at(place);
+    w.warpgroup_arrived[warpgroup] = 0;
+    Thread* threads = &w.threads[warpgroup * WARPGROUP];
+    const std::uint32_t begun = self.open_product_group;
+    multiply(threads, begun > pending ? begun - pending : 0);
+    for (unsigned t = 0; t < WARPGROUP; ++t)
+        if (&threads[t] != &self) make_ready(w, threads[t]);
+}
+
 void async_copy(std::uint32_t to, std::uint64_t from, unsigned bytes, unsigned width) {
     char* target = shared_bytes(to, width, width, Access::write);
-    const char* source = bytes == 0 ? nullptr : global_bytes(from, bytes, bytes == width ? width : 1);
+    const char* source = bytes == 0 ? nullptr : global_bytes(from, bytes, bytes == width ? width : 1, false);
     // Undefined until the wait.
     std::memset(target, 0xFF, width);
     Thread& t = *block.current;
@@ -506,7 +692,7 @@ std::uint64_t podium_emulate_allocate(std::uint64_t bytes) {
         std::free(base);
         return 0;
     }
-    allocations[id] = {base, bytes};
+    allocations[id] = {base, bytes, 0};
     return id << OFFSET_BITS;
 }
 
@@ -514,7 +700,7 @@ void podium_emulate_free(std::uint64_t address) {
     const std::lock_guard guard(allocations_lock);
     Allocation& allocation = allocations[address >> OFFSET_BITS];
     std::free(allocation.base);
-    allocation = {nullptr, 0};
+    allocation = {nullptr, 0, 0};
     freed_allocations.push_back(address >> OFFSET_BITS);
 }
 
@@ -541,6 +727,7 @@ int podium_emulate_block(const Kernel* kernel, const Launch* launch, void* const
     block.index = {index[0], index[1], index[2]};
     block.threads = size[0] * size[1] * size[2];
     block.shared_bytes = launch->shared_bytes;
+    block.era = launch->era;
     block.find_races = launch->find_races != 0;
     block.shared = w.shared;
     std::memset(w.shared, 0xFF, launch->shared_bytes);
@@ -551,6 +738,9 @@ int podium_emulate_block(const Kernel* kernel, const Launch* launch, void* const
     w.exited = w.arrived = 0;
     ++w.epoch;
     std::fill(std::begin(w.warp_epoch), std::end(w.warp_epoch), std::uint16_t{0});
+    std::fill(std::begin(w.warpgroup_arrived), std::end(w.warpgroup_arrived), 0u);
+    w.byte_barriers.clear();
+    w.tile_copies.clear();
     for (Meeting& meeting : w.meetings) meeting.mask = 0;
     w.shuffle = launch->order_seed != 0;
     w.random.state = launch->order_seed ^ (index[0] + std::uint64_t{index[1]} * 0x10001 + std::uint64_t{index[2]} * 0x1000003);
@@ -563,16 +753,19 @@ int podium_emulate_block(const Kernel* kernel, const Launch* launch, void* const
         t.number = i;
         t.lane = i % WARP;
         t.warp = i / WARP;
-        t.exited = t.waiting = false;
+        t.exited = t.waiting = t.after_predecessor = false;
         t.open_group = 0;
         t.copies.clear();
+        t.open_product_group = 0;
+        t.products.clear();
         w.canary(i) = CANARY;
         t.stack_pointer = prepare_fiber(w.stacks + i * STACK_BYTES + sizeof CANARY, STACK_BYTES - sizeof CANARY, fiber_main);
         w.ready.push_back(static_cast<std::uint16_t>(i));
     }
 
     std::size_t next = 0;
-    while (next < w.ready.size() && !w.failed) {
+    while (!w.failed && (next < w.ready.size() || deliver_tiles())) {
+        if (next == w.ready.size()) continue;  // tiles that nobody waits for
         if (w.shuffle) std::swap(w.ready[next], w.ready[next + w.random.next() % (w.ready.size() - next)]);
         block.current = &w.threads[w.ready[next++]];
         if (next > 2 * MAX_THREADS) {  // what has been taken is dropped now and then

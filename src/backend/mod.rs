@@ -6,8 +6,10 @@ pub mod random;
 pub mod sampling;
 
 use crate::model::config::{Activation, Rope};
-use crate::model::tensor::Tensor;
+use crate::model::tensor::{Dtype, Tensor};
+use crate::ranker::{ExtraInputs, Ranker, RankerError};
 use sampling::{SampleRow, Sampled};
+use std::sync::Arc;
 
 /// Tokens in a page of the KV cache.
 pub const PAGE_LEN: usize = 16;
@@ -28,6 +30,8 @@ pub enum BackendError {
     HeadTooWide { head_dim: usize, most: usize },
     #[error(transparent)]
     Device(#[from] cuda::device::DeviceError),
+    #[error(transparent)]
+    Ranking(cuda::gather_rank::GatherRankError),
     #[error(transparent)]
     Logits(#[from] sampling::LogitsError),
 }
@@ -59,6 +63,57 @@ pub struct Segment {
     pub start: usize,
     /// Rows of this batch that go on from there.
     pub rows: usize,
+}
+
+impl BackendError {
+    /// Whether the device does nothing more from now on.
+    pub fn is_final(&self) -> bool {
+        matches!(self, BackendError::Device(error) if error.is_final())
+    }
+}
+
+/// The candidates of a prompt, to be ranked.
+pub struct Ranking<'a, R> {
+    pub ranker: &'a Arc<Ranker>,
+    /// States after the ranker's layer, `[1 + candidates, hidden_size]`: the prompt's, then the
+    /// candidates'.
+    pub features: &'a R,
+    /// Of each candidate.
+    pub extra: &'a [ExtraInputs],
+}
+
+/// A ranker's scores, all of them finite, and the first of the highest.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ranked {
+    pub scores: Vec<f32>,
+    pub best: usize,
+}
+
+/// Tokens to be drawn from a batch.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Draws<'a> {
+    /// Rows of the batch whose logits are computed, in their order.
+    pub rows: &'a [u32],
+    /// What is drawn, from which of these.
+    pub draws: &'a [SampleRow<'a>],
+    /// Numbers of a row of logits.
+    pub vocab_size: usize,
+}
+
+/// Rows whose logits are computed.
+pub enum LogitRows<'a, P> {
+    /// Those of a plan's draws.
+    Drawn(&'a P),
+    These(&'a [u32]),
+}
+
+/// Rows that a plan's operations compute: those of the batch, and perhaps some behind them that
+/// nobody reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedRows {
+    pub rows: usize,
+    /// Of logits.
+    pub logits: usize,
 }
 
 /// Shape of the keys and values of a token, and how many query heads share them.
@@ -120,6 +175,19 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// A gate and an up projection for [`Backend::norm_gated_matmul`].
     fn gated_matrix(&self, gate: &Tensor, up: &Tensor) -> Result<Self::Matrix, BackendError>;
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
+    /// Bytes that a tensor that is stored so takes on the device.
+    fn bytes_on_device(&self, dtype: Dtype, shape: &[usize]) -> usize {
+        let columns = shape.last().map_or(0, |&columns| columns);
+        let rows = shape[..shape.len().saturating_sub(1)]
+            .iter()
+            .product::<usize>();
+        rows * dtype.row_bytes(columns).unwrap_or(0)
+    }
+    /// Refuses what there is no memory for, before it is asked for: what it is, and its bytes. A device
+    /// that pages, as a CPU does, refuses nothing.
+    fn check_memory(&self, _needs: &[(String, usize)]) -> Result<(), BackendError> {
+        Ok(())
+    }
     fn vector(&self, values: &[f32]) -> Result<Self::Vector, BackendError>;
     fn rows(&self, rows: usize, width: usize) -> Result<Self::Rows, BackendError>;
     /// Changes the number of rows; contents become unspecified.
@@ -136,6 +204,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn kv_page_bytes(&self, shape: KvShape) -> usize;
 
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
+    /// Bytes that the pages of a cache take now.
+    fn kv_bytes(&self, _kv: &Self::KvCache) -> usize {
+        0
+    }
     /// Makes page `to` a copy of page `from`, in every layer.
     fn copy_page(
         &self,
@@ -143,13 +215,17 @@ pub trait Backend: Sized + Send + Sync + 'static {
         from: PageId,
         to: PageId,
     ) -> Result<(), BackendError>;
-    /// Makes room for the batch's pages and readies its positions. `ropes` are all that its layers use.
+    /// Makes room for the batch's pages and readies its positions, and what is drawn from it, if
+    /// anything. `ropes` are all that its layers use. A plan holds until the next one is made for the
+    /// same cache.
     fn plan(
         &self,
         batch: &Batch,
+        draws: Option<&Draws>,
         ropes: &[&Rope],
         kv: &mut Self::KvCache,
     ) -> Result<Self::Plan, BackendError>;
+    fn planned_rows(&self, plan: &Self::Plan) -> PlannedRows;
 
     /// `out[row] = table[token of row] · scale`.
     fn embed(&self, plan: &Self::Plan, table: &Self::Matrix, scale: f32, out: &mut Self::Rows);
@@ -207,11 +283,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
         out: &mut Self::Rows,
     );
 
-    /// `out[i] = softcap(norm(x[rows[i]]) · weightᵀ)`.
+    /// `out[i] = softcap(norm(x[row i of rows]) · weightᵀ)`.
     fn lm_head(
         &self,
         x: &Self::Rows,
-        rows: &[u32],
+        rows: LogitRows<Self::Plan>,
         norm: Norm<Self::Vector>,
         weight: &Self::Matrix,
         softcap: Option<f32>,
@@ -221,6 +297,58 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Draws a token for each entry from its row of logits.
     fn sample(&self, logits: &Self::Rows, rows: &[SampleRow])
     -> Result<Vec<Sampled>, BackendError>;
+
+    /// Computes the logits of a plan's draws, and draws. A device may do what it recorded of an earlier
+    /// step instead of asking `compute` for its operations: where the two plans and `what` are alike,
+    /// these differ in nothing but what the plans hold.
+    fn draw(
+        &self,
+        _plan: &Self::Plan,
+        _what: &[usize],
+        draws: &[SampleRow],
+        logits: &mut Self::Rows,
+        compute: &mut dyn FnMut(&mut Self::Rows),
+    ) -> Result<Vec<Sampled>, BackendError> {
+        compute(logits);
+        self.sample(logits, draws)
+    }
+
+    /// Ranks groups of candidates, each by its ranker; a group that cannot be ranked does not end the
+    /// others. Unless a device can do it where the states are, they are brought to the host.
+    #[allow(clippy::type_complexity)]
+    fn rank(
+        &self,
+        groups: &[Ranking<Self::Rows>],
+    ) -> Result<Vec<Result<Ranked, RankerError>>, BackendError> {
+        groups
+            .iter()
+            .map(|group| self.rank_on_host(group))
+            .collect()
+    }
+
+    /// Ranks a group on the host.
+    fn rank_on_host(
+        &self,
+        group: &Ranking<Self::Rows>,
+    ) -> Result<Result<Ranked, RankerError>, BackendError> {
+        let row = |row| self.read_row(group.features, row);
+        let prompt = row(0)?;
+        let mut candidates = Vec::with_capacity(group.extra.len() * prompt.len());
+        for candidate in 1..=group.extra.len() {
+            candidates.extend(row(candidate)?);
+        }
+        let scores = group.ranker.score(&prompt, &candidates, group.extra);
+        Ok(scores.map(|scores| {
+            let best = (0..scores.len()).reduce(|best, other| match scores[other] > scores[best] {
+                true => other,
+                false => best,
+            });
+            Ranked {
+                best: best.unwrap_or(0),
+                scores,
+            }
+        }))
+    }
 
     /// Natural log-probability of `tokens[i]` in row i of the logits.
     fn token_logprobs(&self, logits: &Self::Rows, tokens: &[u32])

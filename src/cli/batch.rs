@@ -12,7 +12,7 @@ use super::output::Output;
 use super::progress::{Progress, Unit};
 use super::session::Session;
 use crate::backend::random::philox4x32;
-use crate::engine::{Candidate, Generated};
+use crate::engine::{Candidate, EngineError, Generated};
 use crate::tasks::candidates::{CandidateFile, Item, Prompt};
 use crate::tasks::feature_file::FeatureWriter;
 
@@ -22,6 +22,7 @@ pub fn run(
     input: &Path,
 ) -> Result<(), CliError> {
     let total = CandidateFile::check(input)?;
+    interrupt::catch();
     let mut output = Output::open(options.output.as_deref())?;
     let mut session = Session::open(global)?;
     let ranker = session.optional_ranker(options.ranker.as_deref())?;
@@ -32,10 +33,10 @@ pub fn run(
     };
     let seed = options.seed();
     session.log(|| format!("seed {seed}"));
-    interrupt::catch();
     let progress = Progress::beside(&output, "generating", total, Unit::Items);
     let (mut items, mut tokens, mut seconds) = (0, 0, 0.0);
     let mut file = CandidateFile::open(input)?;
+    let mut lost = None;
     while let Some(item) = file.next().transpose()? {
         let seed = item_seed(seed, items);
         let (prompt, fields) = as_asked(options, &item);
@@ -51,6 +52,10 @@ pub fn run(
                 .generate(&request, &mut |_| interrupt::flow())?)
         })();
         if interrupt::interrupted() {
+            break;
+        }
+        if let Err(CliError::Engine(error @ EngineError::Lost { .. })) = generated {
+            lost = Some(error.to_string());
             break;
         }
         let generated = generated
@@ -81,12 +86,13 @@ pub fn run(
     if let Some(features) = features {
         features.finish()?;
     }
-    if interrupt::interrupted() {
+    let interrupted = interrupt::interrupted().then(|| "interrupted".to_string());
+    if let Some(why) = lost.or(interrupted) {
         let of = total
             .map(|total| format!(" of {total}"))
             .unwrap_or_default();
         return Err(CliError::Failed(format!(
-            "interrupted: wrote the first {items}{of} items"
+            "{why}: wrote the first {items}{of} items"
         )));
     }
     session.log(|| format!("{items} items, {tokens} tokens, decoded in {seconds:.1} s"));

@@ -3,6 +3,8 @@
 use std::io;
 
 use crate::backend::BackendError;
+use crate::backend::cuda::device::DeviceError;
+use crate::backend::cuda::gather_rank::GatherRankError;
 use crate::engine::EngineError;
 use crate::eval::EvalError;
 use crate::eval::plot::PlotError;
@@ -47,6 +49,10 @@ pub enum CliError {
     Ranker(#[from] RankerError),
     #[error(transparent)]
     Backend(#[from] BackendError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    GatherRank(#[from] GatherRankError),
     #[error(transparent)]
     Candidates(#[from] CandidateFileError),
     #[error(transparent)]

@@ -50,8 +50,8 @@ pub fn run(global: &GlobalOptions, options: &FeaturesOptions) -> Result<(), CliE
     let total = CandidateFile::check(&options.file)?;
     let mut session = Session::open(global)?;
     let layer = options.layer.index(session.engine.config().layers);
-    let mut writer = FeatureWriter::create(&options.output, session.feature_source(layer)?)?;
     interrupt::catch();
+    let mut writer = FeatureWriter::create(&options.output, session.feature_source(layer)?)?;
     let progress = Progress::new("features", total, Unit::Items);
     let mut file = CandidateFile::open(&options.file)?;
     while let Some(item) = file.next().transpose()? {

@@ -218,9 +218,17 @@ fn answer(global: &GlobalOptions, options: &GenerateOptions) -> Result<(), CliEr
             live.observe(event);
         }
         interrupt::flow()
-    })?;
+    });
     drop(live);
-    let interrupted = interrupt::interrupted();
+    let (generated, cut_off) = match generated {
+        Err(EngineError::Lost { source, so_far }) => {
+            (*so_far, Some(format!("the device failed: {source}")))
+        }
+        other => (
+            other?,
+            interrupt::interrupted().then(|| "interrupted".to_string()),
+        ),
+    };
 
     let asked = Asked {
         model: session.engine.model_name(),
@@ -237,11 +245,11 @@ fn answer(global: &GlobalOptions, options: &GenerateOptions) -> Result<(), CliEr
         print_texts(&generated, options.all)?;
         print_work(&asked, &generated);
     }
-    match interrupted {
-        true => Err(CliError::Failed(
-            "interrupted: these are the texts so far".to_string(),
-        )),
-        false => Ok(()),
+    match cut_off {
+        Some(why) => Err(CliError::Failed(format!(
+            "{why}: these are the texts so far"
+        ))),
+        None => Ok(()),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Ctrl-C: the first asks for an orderly end, the second is one.
+//! Ctrl-C and SIGTERM: the first asks for an orderly end, the second is one.
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -8,8 +8,8 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// The status that shells give to a process ended by Ctrl-C.
 const STATUS: i32 = 130;
 
-/// From now on Ctrl-C is noted rather than fatal: for work that can end early with something to
-/// show for it.
+/// From now on Ctrl-C, SIGTERM and SIGHUP are noted rather than fatal: for work that can end early
+/// with something to show for it, or that has temporary files to take away.
 pub fn catch() {
     let note = || {
         if INTERRUPTED.swap(true, Relaxed) {

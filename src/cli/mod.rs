@@ -5,6 +5,7 @@
 
 mod batch;
 mod bench;
+mod bench_gpu;
 mod bench_serve;
 mod collect;
 mod devices;
@@ -51,6 +52,7 @@ enum Command {
     Eval(eval::EvalCommand),
     Serve(Box<serve::ServeOptions>),
     Bench(bench::BenchOptions),
+    BenchGpu(bench_gpu::BenchGpuOptions),
     BenchServe(Box<bench_serve::BenchServeOptions>),
     Devices(devices::DevicesOptions),
 }
@@ -70,6 +72,7 @@ pub fn main() -> ExitCode {
         Command::Eval(command) => eval::run(&global, command),
         Command::Serve(options) => serve::run(&global, options),
         Command::Bench(options) => bench::run(&global, options),
+        Command::BenchGpu(options) => bench_gpu::run(&global, options),
         Command::BenchServe(options) => bench_serve::run(&global, options),
         Command::Devices(options) => devices::run(&global, options),
     };

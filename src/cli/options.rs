@@ -30,7 +30,8 @@ pub struct GlobalOptions {
     )]
     pub device: Device,
 
-    /// Form in which weights are kept: as they are stored (auto), or 16 and 32 bits quantised to 8 (q8)
+    /// Form in which weights are kept: as they are stored (auto), or 16 and 32 bits quantised to 8, as
+    /// whole numbers (q8) or, on a GPU, as e4m3 (fp8)
     #[arg(
         long,
         global = true,
@@ -112,6 +113,8 @@ pub enum DtypeChoice {
     Auto,
     /// Weights stored as numbers are quantised to Q8_0.
     Q8,
+    /// The same to e4m3 with a scale an output, by the CUDA backend.
+    Fp8,
 }
 
 impl FromStr for DtypeChoice {
@@ -121,7 +124,8 @@ impl FromStr for DtypeChoice {
         match text {
             "auto" => Ok(DtypeChoice::Auto),
             "q8" => Ok(DtypeChoice::Q8),
-            _ => Err("weights are kept as they are stored (auto) or in eight bits (q8)"),
+            "fp8" => Ok(DtypeChoice::Fp8),
+            _ => Err("weights are kept as they are stored (auto) or in eight bits (q8, fp8)"),
         }
     }
 }

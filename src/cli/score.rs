@@ -63,13 +63,13 @@ pub struct ScoreOptions {
 
 pub fn run(global: &GlobalOptions, options: &ScoreOptions) -> Result<(), CliError> {
     let total = CandidateFile::check(&options.file)?;
+    interrupt::catch();
     let mut output = Output::open(options.output.as_deref())?;
     let mut session = Session::open(global)?;
     let ranker = session.optional_ranker(options.ranker.as_deref())?;
     if let (Some(ranker), Some(layer)) = (&ranker, options.layer) {
         ranker.check_layer(layer.index(session.engine.config().layers))?;
     }
-    interrupt::catch();
     let progress = Progress::beside(&output, "scoring", total, Unit::Items);
     let mut file = CandidateFile::open(&options.file)?;
     while let Some(item) = file.next().transpose()? {

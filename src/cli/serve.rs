@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use clap::{ArgAction, Args, ValueEnum};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -49,11 +49,13 @@ pub struct ServeOptions {
 
     /// Key that clients must give (as often as wanted)
     #[arg(long, value_name = "KEY", env = "PODIUM_API_KEY", hide_env_values = true, action = ArgAction::Append)]
+    #[serde(deserialize_with = "one_or_more")]
     api_key: Vec<String>,
 
-    /// What clients call the model [default: its own name]
-    #[arg(long, value_name = "NAME", env = "PODIUM_SERVED_MODEL_NAME")]
-    served_model_name: Option<String>,
+    /// What clients call the model (as often as wanted) [default: its own name]
+    #[arg(long, value_name = "NAME", env = "PODIUM_SERVED_MODEL_NAME", action = ArgAction::Append)]
+    #[serde(deserialize_with = "one_or_more")]
+    served_model_name: Vec<String>,
 
     /// Candidates of a request that does not say how many [default: 1]
     #[arg(
@@ -67,6 +69,7 @@ pub struct ServeOptions {
     /// Ranker, by a name for requests (as often as wanted); the first one given chooses where a
     /// request does not say. A built-in one needs no file
     #[arg(long, value_name = "NAME=FILE", action = ArgAction::Append)]
+    #[serde(deserialize_with = "one_or_more")]
     ranker: Vec<String>,
 
     /// How requests that do not say choose [default: ranker if there is one, else logprob]
@@ -183,6 +186,7 @@ pub struct ServeOptions {
 
     /// Origin that pages in browsers may call from; * for all (as often as wanted) [default: none]
     #[arg(long, value_name = "ORIGIN", action = ArgAction::Append)]
+    #[serde(deserialize_with = "one_or_more")]
     cors_origin: Vec<String>,
 
     /// Form of the log on standard error [default: text]
@@ -193,6 +197,20 @@ pub struct ServeOptions {
     #[arg(long, value_name = "FILE", env = "PODIUM_CONFIG")]
     #[serde(skip)]
     config: Option<PathBuf>,
+}
+
+/// In the file, what may be given several times is a string or a list of them.
+fn one_or_more<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a string or a list of strings")]
+    enum OneOrMore {
+        One(String),
+        More(Vec<String>),
+    }
+    Ok(match OneOrMore::deserialize(from)? {
+        OneOrMore::One(one) => vec![one],
+        OneOrMore::More(more) => more,
+    })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
@@ -221,8 +239,8 @@ pub fn run(global: &GlobalOptions, options: &ServeOptions) -> Result<(), CliErro
         vocab_size: session.engine.config().vocab_size,
         context: session.engine.config().max_position_embeddings,
     };
-    if config.served_model_name.is_empty() {
-        config.served_model_name.clone_from(&model.name);
+    if config.served_model_names.is_empty() {
+        config.served_model_names.push(model.name.clone());
     }
     config.max_tokens = config.max_tokens.min(model.context);
     let sampling = session.sampling.clone();
@@ -230,7 +248,8 @@ pub fn run(global: &GlobalOptions, options: &ServeOptions) -> Result<(), CliErro
     let tokenizer = tokenizer?;
 
     let failed = |error: String| CliError::Failed(error);
-    let metrics = Metrics::new().map_err(|error| failed(format!("cannot count: {error}")))?;
+    let metrics = Metrics::new(config.model_name())
+        .map_err(|error| failed(format!("cannot count: {error}")))?;
     let metrics = Arc::new(metrics);
     let memory = options.kv_memory.unwrap_or(4096).saturating_mul(1 << 20);
     let (engine, pages) = engine
@@ -239,7 +258,7 @@ pub fn run(global: &GlobalOptions, options: &ServeOptions) -> Result<(), CliErro
             options.max_batch.unwrap_or(256).max(1),
             metrics.clone(),
         )
-        .map_err(|error| failed(format!("cannot start the engine's thread: {error}")))?;
+        .map_err(|error| failed(format!("cannot start the engine: {error}")))?;
     tracing::info!(
         model = model.name,
         context = model.context,
@@ -262,6 +281,9 @@ pub fn run(global: &GlobalOptions, options: &ServeOptions) -> Result<(), CliErro
         in_flight: Arc::new(AtomicUsize::new(0)),
         started: SystemTime::now(),
     });
+    server
+        .check_names()
+        .map_err(|problem| CliError::Usage(format!("--served-model-name: {problem}")))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -389,10 +411,10 @@ impl ServeOptions {
             };
         }
         fill!(
-            host, port, served_model_name, best_of, select, max_candidates, max_tokens,
+            host, port, best_of, select, max_candidates, max_tokens,
             default_max_tokens, kv_memory, max_batch, max_body, max_header, max_connections, max_queue,
             header_timeout, body_timeout, drain_timeout, log_format;
-            api_key, ranker, cors_origin
+            api_key, served_model_name, ranker, cors_origin
         );
         Ok(self)
     }
@@ -431,6 +453,10 @@ impl ServeOptions {
                 "--api-key must not be empty, and have no spaces around it".to_string(),
             ));
         }
+        if self.served_model_name.iter().any(String::is_empty) {
+            let problem = "--served-model-name must not be empty";
+            return Err(CliError::Usage(problem.to_string()));
+        }
         let max_candidates = count(
             "max-candidates",
             self.max_candidates,
@@ -442,7 +468,7 @@ impl ServeOptions {
             host: self.host.clone().unwrap_or(defaults.host),
             port: self.port.unwrap_or(defaults.port),
             api_keys: self.api_key.clone(),
-            served_model_name: self.served_model_name.clone().unwrap_or_default(),
+            served_model_names: self.served_model_name.clone(),
             best_of: count("best-of", self.best_of, defaults.best_of, max_candidates)?,
             default_ranker: None,
             select: self.select,

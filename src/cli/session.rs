@@ -12,9 +12,9 @@ use super::options::{Device, DtypeChoice, GlobalOptions};
 use super::progress::{Progress, Unit};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
-use crate::backend::cuda::Cuda;
 use crate::backend::cuda::emulated::{Checks, Emulated};
 use crate::backend::cuda::gpu::Gpu;
+use crate::backend::cuda::{self, Cuda};
 use crate::backend::sampling::SamplingParams;
 use crate::backend::{Backend, BackendError};
 use crate::engine::scheduler::{GroupId, Limits};
@@ -36,6 +36,12 @@ use crate::tasks::feature_file::FeatureSource;
 /// Instruction set to run with instead of the best one: `avx512`, `avx-vnni`, `avx2`, `neon-i8mm`,
 /// `neon` or `portable`.
 const ISA_VARIABLE: &str = "PODIUM_ISA";
+/// `off`: a GPU launches every step kernel by kernel, or each kernel when the one before it has ended.
+const GRAPHS_VARIABLE: &str = "PODIUM_GRAPHS";
+const DEPENDENT_LAUNCH_VARIABLE: &str = "PODIUM_DEPENDENT_LAUNCH";
+/// For tests: bytes that the emulated device has, and launches after which it is lost.
+const EMULATED_MEMORY_VARIABLE: &str = "PODIUM_EMULATE_MEMORY";
+const EMULATED_LOSS_VARIABLE: &str = "PODIUM_EMULATE_LOST_AFTER";
 /// Temperature where neither the command nor the model's files name one.
 const DEFAULT_TEMPERATURE: f32 = 0.7;
 /// Longest `generation_config.json` that is read.
@@ -131,15 +137,13 @@ impl<B: Backend> AnyEngine for Engine<B> {
         metrics: Arc<Metrics>,
     ) -> std::io::Result<(EngineHandle, usize)> {
         let pages = (kv_bytes / self.page_bytes()).max(1);
-        let engine = Engine::with_limits(
-            *self,
-            Limits {
-                pages,
-                cached_pages: pages / 4,
-                candidates,
-                ..Limits::default()
-            },
-        );
+        let limits = Limits {
+            pages,
+            cached_pages: pages / 4,
+            candidates,
+            ..Limits::default()
+        };
+        let engine = Engine::with_room_for(*self, limits).map_err(std::io::Error::other)?;
         Ok((EngineHandle::start(engine, metrics)?, pages))
     }
 }
@@ -169,7 +173,7 @@ impl Session {
         let for_text = tokenizer.as_ref().ok();
         let engine = match backend {
             AnyBackend::Cpu(cpu) => boxed_engine(load(cpu, &files)?, for_text)?,
-            AnyBackend::Cuda(cuda) => boxed_engine(load(cuda, &files)?, for_text)?,
+            AnyBackend::Cuda(cuda) => boxed_engine(load(*cuda, &files)?, for_text)?,
         };
         let session = Session {
             engine,
@@ -363,7 +367,7 @@ pub fn open_files(options: &GlobalOptions) -> Result<ModelFiles, CliError> {
     };
     let files = ModelFiles::open(&path)?;
     Ok(match options.dtype {
-        DtypeChoice::Auto => files,
+        DtypeChoice::Auto | DtypeChoice::Fp8 => files,
         DtypeChoice::Q8 => files.quantized(),
     })
 }
@@ -391,26 +395,67 @@ fn boxed_engine<B: Backend>(
 
 enum AnyBackend {
     Cpu(Cpu),
-    Cuda(Cuda),
+    Cuda(Box<Cuda>),
 }
 
 /// The device that was asked for.
 fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
     match options.device {
         // A GPU only for those who name it, until one has run the kernels.
+        Device::Auto | Device::Cpu if options.dtype == DtypeChoice::Fp8 => Err(CliError::Usage(
+            "--dtype fp8 is for --device cuda (or emulate); on the CPU, --dtype q8 is as small"
+                .to_string(),
+        )),
         Device::Auto | Device::Cpu => Ok(AnyBackend::Cpu(cpu(options)?)),
         Device::Cuda { index } => {
-            let gpu = Gpu::open(index).map_err(BackendError::from)?;
-            Ok(AnyBackend::Cuda(Cuda::new(Arc::new(gpu))))
+            let mut gpu = Gpu::open(index).map_err(BackendError::from)?;
+            if is_off(DEPENDENT_LAUNCH_VARIABLE) {
+                gpu = gpu.without_dependent_launch();
+            }
+            Ok(AnyBackend::Cuda(Box::new(cuda(Arc::new(gpu), options))))
         }
         Device::Emulate => {
             let threads = options.threads()?;
-            let emulated = Emulated::new(Checks::default()).with_threads(threads);
+            let checks = Checks {
+                memory: number(EMULATED_MEMORY_VARIABLE)?.map(|bytes| bytes as usize),
+                lost_after: number(EMULATED_LOSS_VARIABLE)?,
+                ..Checks::default()
+            };
+            let emulated = Emulated::new(checks).with_threads(threads);
             let emulated = emulated.map_err(|reason| {
                 CliError::Failed(format!("cannot start {threads} threads: {reason}"))
             })?;
-            Ok(AnyBackend::Cuda(Cuda::new(Arc::new(emulated))))
+            Ok(AnyBackend::Cuda(Box::new(cuda(
+                Arc::new(emulated),
+                options,
+            ))))
         }
+    }
+}
+
+fn cuda(device: Arc<dyn cuda::device::Device>, options: &GlobalOptions) -> Cuda {
+    let cuda = match options.dtype {
+        DtypeChoice::Auto | DtypeChoice::Q8 => Cuda::new(device),
+        DtypeChoice::Fp8 => Cuda::new(device).fp8(),
+    };
+    match is_off(GRAPHS_VARIABLE) {
+        true => cuda.without_graphs(),
+        false => cuda,
+    }
+}
+
+fn is_off(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| value == "off")
+}
+
+/// The number in an environment variable, if it is set.
+fn number(variable: &str) -> Result<Option<u64>, CliError> {
+    match std::env::var(variable) {
+        Ok(text) if !text.is_empty() => text
+            .parse()
+            .map(Some)
+            .map_err(|_| CliError::Usage(format!("{variable}={text}: give a whole number"))),
+        _ => Ok(None),
     }
 }
 

@@ -5,6 +5,7 @@
 //! set aside with their mean log-probability. It is over when n answers are set aside and no beam's
 //! mean is above the worst of them, which is what transformers' `generate(num_beams=n)` does.
 
+use super::generate::Written;
 use super::scheduler::Sequence;
 use super::stop::StopConditions;
 use super::writing::{Features, Writing};
@@ -76,7 +77,11 @@ impl<B: Backend> Engine<B> {
             sequence.release(self.scheduler.pages_mut());
         }
         let writing = run.beams.into_iter().map(|beam| beam.writing).collect();
-        let mut generated = self.choose(request, writing, &run.features, timings?)?;
+        let written = Written::new(request.clone(), writing, run.features, timings?);
+        let mut written = [written];
+        self.rank(&mut written)?;
+        let [written] = written;
+        let mut generated = self.choose(written)?;
         generated.selected = 0;
         Ok(generated)
     }

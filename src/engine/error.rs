@@ -1,5 +1,6 @@
 //! Why a request cannot be done.
 
+use super::request::Generated;
 use super::scheduler::pages::OutOfPages;
 use super::select::SelectError;
 use super::stop::StopError;
@@ -46,6 +47,13 @@ pub enum EngineError {
     NoRanker,
     #[error("beam search runs by itself, not beside other requests: choose another strategy")]
     BeamAlone,
+    /// The device does nothing more; the texts that it has written are not ranked, nor have they
+    /// features.
+    #[error("the device failed: {source}")]
+    Lost {
+        source: BackendError,
+        so_far: Box<Generated>,
+    },
     #[error(transparent)]
     Sampling(#[from] SamplingError),
     #[error(transparent)]

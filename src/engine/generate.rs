@@ -1,7 +1,7 @@
 //! N candidates for one prompt, and the choice among them.
 
 use super::scheduler::{GroupId, GroupShape};
-use super::select::{CandidateFacts, Strategy, select};
+use super::select::{Strategy, select};
 use super::step::Job;
 use super::stop::{FinishReason, StopConditions};
 use super::writing::{Features, Writing, extra_inputs, facts};
@@ -10,8 +10,8 @@ use super::{
     Observer, Timings, TokenLogprob,
 };
 use crate::backend::sampling::{SampleRow, Sampled, SamplingParams};
-use crate::backend::{Backend, BackendError};
-use crate::ranker::ExtraInputs;
+use crate::backend::{Backend, BackendError, Ranked, Ranking};
+use crate::ranker::{ExtraInputs, RankerError};
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 use std::time::Instant;
@@ -147,6 +147,7 @@ impl<B: Backend> Engine<B> {
             reads_shared_prompts: request.prompt_logprobs.is_none(),
             ..GroupShape::write(n, request.max_tokens.min(room))
         };
+        self.check_pages(&shape, prompt_len)?;
         let features = self.features(&request, n)?;
         let blank = Writing::new(&conditions, self.tokenizer.as_deref());
         let group = self.next_group;
@@ -289,9 +290,160 @@ impl<B: Backend> Engine<B> {
         Ok(())
     }
 
-    /// The result of a group that has ended.
-    pub(super) fn finish_write(&self, job: WriteJob<B>) -> Result<Generated, EngineError> {
+    /// The results of groups that have ended; those with rankers are ranked together.
+    pub(super) fn finish_writes(
+        &self,
+        jobs: Vec<WriteJob<B>>,
+    ) -> Vec<Result<Generated, EngineError>> {
         let now = Instant::now();
+        let mut written: Vec<Written<B>> = jobs.into_iter().map(|job| job.written(now)).collect();
+        match self.rank(&mut written) {
+            Ok(()) => written.into_iter().map(|w| self.choose(w)).collect(),
+            Err(error) => {
+                let lost = written.into_iter().map(|w| Err(w.lost(error.clone())));
+                lost.collect()
+            }
+        }
+    }
+
+    /// Scores the candidates of the groups that have a ranker.
+    pub(super) fn rank(&self, written: &mut [Written<B>]) -> Result<(), BackendError> {
+        let started = Instant::now();
+        let mut ranked = {
+            let rankings = written.iter().filter_map(Written::ranking);
+            self.model.backend.rank(&rankings.collect::<Vec<_>>())?
+        }
+        .into_iter();
+        let seconds = started.elapsed().as_secs_f64();
+        for group in written.iter_mut().filter(|w| w.request.ranker.is_some()) {
+            group.ranked = ranked.next();
+            group.timings.rank_s = seconds;
+        }
+        Ok(())
+    }
+
+    /// Selects, and puts everything into words.
+    pub(super) fn choose(&self, written: Written<B>) -> Result<Generated, EngineError> {
+        let Written {
+            request,
+            mut candidates,
+            features,
+            ranked,
+            ..
+        } = written;
+        let Features { layers, rows } = features;
+        let of_row = |row: usize| -> Result<Vec<Vec<f32>>, EngineError> {
+            let wanted = request.feature_layers.iter();
+            let states = wanted.filter_map(|layer| layers.iter().position(|l| l == layer));
+            Ok(states
+                .map(|at| self.model.backend.read_row(&rows[at], row))
+                .collect::<Result<_, _>>()?)
+        };
+        for candidate in &mut candidates {
+            candidate.features = of_row(1 + candidate.index)?;
+        }
+        let ranked = ranked.transpose()?;
+        if let Some(Ranked { scores, .. }) = &ranked {
+            for (candidate, &score) in candidates.iter_mut().zip(scores) {
+                candidate.score = Some(score);
+            }
+        }
+        let selected = match (request.strategy, ranked) {
+            (Strategy::Ranker, Some(ranked)) => ranked.best,
+            (strategy, _) => select(strategy, &candidates.iter().map(facts).collect::<Vec<_>>())?,
+        };
+        Ok(Generated {
+            selected,
+            prompt_features: of_row(0)?,
+            candidates,
+            prompt_logprobs: written.prompt_logprobs,
+            cached_tokens: written.cached_tokens,
+            timings: written.timings,
+        })
+    }
+}
+
+/// What there is of a group whose candidates have all ended.
+pub(super) struct Written<B: Backend> {
+    pub request: GenerateRequest,
+    pub candidates: Vec<Candidate>,
+    /// For rankers.
+    pub extra: Vec<ExtraInputs>,
+    pub features: Features<B>,
+    pub ranked: Option<Result<Ranked, RankerError>>,
+    pub prompt_logprobs: Vec<TokenLogprob>,
+    pub cached_tokens: usize,
+    pub timings: Timings,
+}
+
+impl<B: Backend> Written<B> {
+    pub fn new(
+        request: GenerateRequest,
+        writing: Vec<Writing>,
+        features: Features<B>,
+        timings: Timings,
+    ) -> Written<B> {
+        let writing = writing.into_iter().enumerate();
+        let candidates: Vec<Candidate> = writing
+            .map(|(index, writing)| writing.finished(index))
+            .collect();
+        Written {
+            extra: candidates.iter().map(extra_inputs).collect(),
+            candidates,
+            request,
+            features,
+            ranked: None,
+            prompt_logprobs: Vec::new(),
+            cached_tokens: 0,
+            timings,
+        }
+    }
+
+    /// The error that a device failed with, and the texts so far where it does nothing more.
+    pub fn lost(self, error: BackendError) -> EngineError {
+        if !error.is_final() {
+            return error.into();
+        }
+        // What cannot be ranked any more.
+        let strategy = match self.request.strategy {
+            Strategy::Ranker => Strategy::Logprob,
+            strategy => strategy,
+        };
+        let selected = select(
+            strategy,
+            &self.candidates.iter().map(facts).collect::<Vec<_>>(),
+        );
+        EngineError::Lost {
+            source: error,
+            so_far: Box::new(Generated {
+                selected: selected.unwrap_or(0),
+                candidates: self.candidates,
+                prompt_features: Vec::new(),
+                prompt_logprobs: self.prompt_logprobs,
+                cached_tokens: self.cached_tokens,
+                timings: self.timings,
+            }),
+        }
+    }
+
+    fn ranking(&self) -> Option<Ranking<'_, B::Rows>> {
+        let ranker = self.request.ranker.as_ref()?;
+        let layer = ranker.config().layer;
+        let at = self.features.layers.iter().position(|l| *l == layer)?;
+        Some(Ranking {
+            ranker,
+            features: &self.features.rows[at],
+            extra: &self.extra,
+        })
+    }
+}
+
+/// A bias that no logit makes up for; finite, for what is computed with it must be.
+const NEVER: f32 = -1e9;
+
+impl<B: Backend> WriteJob<B> {
+    /// What there is of it, as it stands.
+    pub fn written(self, now: Instant) -> Written<B> {
         let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
             (Some(from), Some(to)) => to.duration_since(from).as_secs_f64(),
             _ => 0.0,
@@ -300,7 +452,7 @@ impl<B: Backend> Engine<B> {
             admitted,
             prefilled,
             written,
-        } = job.clock;
+        } = self.clock;
         let written = written.or(Some(now));
         let decode_s = seconds(prefilled, written);
         let timings = Timings {
@@ -308,72 +460,15 @@ impl<B: Backend> Engine<B> {
             decode_s,
             features_s: seconds(written, Some(now)),
             rank_s: 0.0,
-            decode_tokens_per_s: job.tokens as f64 / decode_s.max(1e-9),
+            decode_tokens_per_s: self.tokens as f64 / decode_s.max(1e-9),
         };
-        let generated = self.choose(&job.request, job.writing, &job.features, timings)?;
-        Ok(Generated {
-            prompt_logprobs: job.prompt_logprobs,
-            cached_tokens: job.cached_tokens.unwrap_or(0),
-            ..generated
-        })
+        Written {
+            prompt_logprobs: self.prompt_logprobs,
+            cached_tokens: self.cached_tokens.unwrap_or(0),
+            ..Written::new(self.request, self.writing, self.features, timings)
+        }
     }
 
-    /// Ranks, selects, and puts everything into words.
-    pub(super) fn choose(
-        &self,
-        request: &GenerateRequest,
-        writing: Vec<Writing>,
-        features: &Features<B>,
-        mut timings: Timings,
-    ) -> Result<Generated, EngineError> {
-        let Features { layers, rows } = features;
-        let writing = writing.into_iter().enumerate();
-        let mut candidates: Vec<Candidate> = writing
-            .map(|(index, writing)| writing.finished(index))
-            .collect();
-        let at = |layer: usize| layers.iter().position(|l| *l == layer);
-        let read = |layer: usize, row: usize| match at(layer) {
-            Some(at) => self.model.backend.read_row(&rows[at], row),
-            None => Ok(Vec::new()),
-        };
-        let of_row = |row: usize| -> Result<Vec<Vec<f32>>, EngineError> {
-            Ok(request
-                .feature_layers
-                .iter()
-                .map(|&layer| read(layer, row))
-                .collect::<Result<_, _>>()?)
-        };
-        for candidate in &mut candidates {
-            candidate.features = of_row(1 + candidate.index)?;
-        }
-        if let Some(ranker) = &request.ranker {
-            let started = Instant::now();
-            let layer = ranker.config().layer;
-            let mut features = Vec::with_capacity(candidates.len() * self.config().hidden_size);
-            for candidate in &candidates {
-                features.extend(read(layer, 1 + candidate.index)?);
-            }
-            let extra: Vec<ExtraInputs> = candidates.iter().map(extra_inputs).collect();
-            let scores = ranker.score(&read(layer, 0)?, &features, &extra)?;
-            for (candidate, score) in candidates.iter_mut().zip(scores) {
-                candidate.score = Some(score);
-            }
-            timings.rank_s = started.elapsed().as_secs_f64();
-        }
-        let facts: Vec<CandidateFacts> = candidates.iter().map(facts).collect();
-        let selected = select(request.strategy, &facts)?;
-        Ok(Generated {
-            selected,
-            prompt_features: of_row(0)?,
-            candidates,
-            prompt_logprobs: Vec::new(),
-            cached_tokens: 0,
-            timings,
-        })
-    }
-}
-
-impl<B: Backend> WriteJob<B> {
     pub fn admitted(&mut self, cached_tokens: usize) {
         self.cached_tokens.get_or_insert(cached_tokens);
         self.clock.admitted.get_or_insert_with(Instant::now);
@@ -394,9 +489,11 @@ impl<B: Backend> WriteJob<B> {
             logit_bias,
             presence_penalty,
             frequency_penalty,
+            min_tokens,
             ..
         } = &self.request;
-        if *presence_penalty == 0.0 && *frequency_penalty == 0.0 {
+        let too_short = self.writing[candidate].token_ids.len() < *min_tokens;
+        if *presence_penalty == 0.0 && *frequency_penalty == 0.0 && !too_short {
             return logit_bias.clone();
         }
         let mut counts: BTreeMap<u32, f32> = BTreeMap::new();
@@ -409,6 +506,10 @@ impl<B: Backend> WriteJob<B> {
             .collect();
         for (token, bias) in logit_bias {
             *biases.entry(*token).or_default() += bias;
+        }
+        if too_short {
+            let ends = self.conditions.end_tokens().iter();
+            biases.extend(ends.map(|&token| (token, NEVER)));
         }
         biases.into_iter().collect()
     }

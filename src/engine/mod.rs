@@ -32,7 +32,7 @@ use crate::model::config::ModelConfig;
 use crate::model::forward::{Model, State};
 use crate::model::text::Tokenizer;
 use crate::ranker::Ranker;
-use scheduler::{GroupId, Limits, Scheduler};
+use scheduler::{GroupId, GroupShape, Limits, Scheduler};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use step::Job;
@@ -119,6 +119,34 @@ impl<B: Backend> Engine<B> {
     /// Bytes of a page of the KV cache.
     pub fn page_bytes(&self) -> usize {
         self.model.backend.kv_page_bytes(self.model.kv_shape())
+    }
+
+    /// Refuses a request that the device has no memory for, where no limit of pages does.
+    fn check_pages(&self, shape: &GroupShape, prompt: usize) -> Result<(), EngineError> {
+        if self.scheduler.limits().pages != usize::MAX {
+            return Ok(());
+        }
+        let pages = self.scheduler.pages().used_pages() + shape.most_pages(prompt);
+        let there = self.state.kv_bytes(&self.model.backend);
+        let bytes = pages
+            .saturating_mul(self.page_bytes())
+            .saturating_sub(there);
+        let what = "the keys and values of the request (fewer or shorter candidates need less)";
+        Ok(self
+            .model
+            .backend
+            .check_memory(&[(what.to_string(), bytes)])?)
+    }
+
+    /// The engine with limits to its memory, where the device has that much.
+    ///
+    /// # Errors
+    /// How much is needed, and how much there is.
+    pub fn with_room_for(self, limits: Limits) -> Result<Engine<B>, BackendError> {
+        let bytes = limits.pages.saturating_mul(self.page_bytes());
+        let needs = [("the KV cache".to_string(), bytes)];
+        self.model.backend.check_memory(&needs)?;
+        Ok(self.with_limits(limits))
     }
 
     /// Forgets a request; its memory is free at once. Says whether it was there.

@@ -17,6 +17,8 @@ pub struct GenerateRequest {
     pub n: usize,
     /// Longest answer, in tokens.
     pub max_tokens: usize,
+    /// No end token is drawn before the answer has as many tokens. Stop strings end it all the same.
+    pub min_tokens: usize,
     pub sampling: SamplingParams,
     /// With it, candidate k is the same whatever N is and whatever else is running.
     pub seed: u64,
@@ -51,6 +53,7 @@ impl GenerateRequest {
             prompt_token_ids,
             n: 1,
             max_tokens: 256,
+            min_tokens: 0,
             sampling: SamplingParams::default(),
             seed: 0,
             stop: Vec::new(),
@@ -82,6 +85,8 @@ pub struct Candidate {
     pub token_logprobs: Vec<f32>,
     /// For each token, the most probable ones at its place.
     pub top_logprobs: Vec<Vec<(u32, f32)>>,
+    /// The end token that was drawn behind them, if one ended the answer.
+    pub end_token: Option<(u32, TokenLogprob)>,
     /// Mean over the tokens of the divergence from the uniform distribution, in nats.
     pub self_certainty: f64,
     /// From the ranker.

@@ -70,6 +70,7 @@ impl<B: Backend> Engine<B> {
             shares_prompt: request.logprobs,
             ..GroupShape::write(0, 0)
         };
+        self.check_pages(&shape, prompt.len())?;
         let group = self.next_group;
         self.scheduler
             .submit(group, request.prompt_token_ids[..].into(), shape)?;

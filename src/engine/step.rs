@@ -5,10 +5,11 @@ use super::scheduler::{Drawn, GroupId, Piece, Purpose, Step, Task, Work};
 use super::score::ScoreJob;
 use super::{Completed, Completion, Engine, EngineError, Event, GroupObserver};
 use crate::backend::sampling::{SampleRow, Sampled};
-use crate::backend::{Backend, BackendError, Batch};
+use crate::backend::{Backend, BackendError, Batch, Draws};
 use crate::model::forward::Depth;
 use std::collections::{BTreeSet, HashMap};
 use std::ops::ControlFlow;
+use std::time::Instant;
 
 /// A group, as far as the scheduler does not know it.
 pub(super) enum Job<B: Backend> {
@@ -30,7 +31,8 @@ impl<B: Backend> Engine<B> {
     /// Runs one step of all groups that were [submitted](Engine::submit), and gives those that ended
     /// with it. Does nothing if there are none.
     ///
-    /// What the device fails with ends the groups that took part in the step.
+    /// What the device fails with ends the groups that took part in the step, with the texts that they
+    /// have so far.
     pub fn step(&mut self, observer: &mut GroupObserver) -> Vec<Completed> {
         let step = self.scheduler.step();
         for &(id, cached_tokens) in &step.admitted {
@@ -43,7 +45,7 @@ impl<B: Backend> Engine<B> {
             && let Err(error) = self.compute(&step, observer)
         {
             for task in &step.tasks {
-                self.fail(task.group, error.clone().into());
+                self.lose(task.group, &error);
             }
         }
         std::mem::take(&mut self.completed)
@@ -62,16 +64,14 @@ impl<B: Backend> Engine<B> {
             layers,
             capture: &capture,
         };
-        self.model.forward(&mut self.state, &batch, depth)?;
-        self.computed_tokens += batch.tokens.len() as u64;
-
-        for (task, &first_row) in step.tasks.iter().zip(&first_rows) {
-            self.read_logprobs(task, first_row)?;
-        }
         let draws = draws(step, &first_rows);
-        let (sampled, failed) = self.sample(&draws)?;
+        let (sampled, failed) = self.forward(&batch, depth, &draws)?;
+        self.computed_tokens += batch.tokens.len() as u64;
         for (group, error) in failed {
             self.fail(group, error.into());
+        }
+        for (task, &first_row) in step.tasks.iter().zip(&first_rows) {
+            self.read_logprobs(task, first_row)?;
         }
         let mut sampled = draws.into_iter().zip(sampled).peekable();
         let mut drawn = HashMap::new();
@@ -170,10 +170,13 @@ impl<B: Backend> Engine<B> {
         read
     }
 
-    /// A token for each draw, and the groups for which there is none (their draws get an empty place).
+    /// Runs the batch through the model. Gives a token for each draw, and the groups for which there is
+    /// none (their draws get an empty place).
     #[allow(clippy::type_complexity)]
-    fn sample(
+    fn forward(
         &mut self,
+        batch: &Batch,
+        depth: Depth,
         draws: &[Draw],
     ) -> Result<(Vec<Option<Sampled>>, Vec<(GroupId, BackendError)>), BackendError> {
         let mut logits_rows: Vec<u32> = Vec::new();
@@ -186,6 +189,7 @@ impl<B: Backend> Engine<B> {
             places.push(logits_rows.len() - 1);
         }
         if logits_rows.is_empty() {
+            self.model.forward(&mut self.state, batch, depth)?;
             return Ok((Vec::new(), Vec::new()));
         }
         let biases: Vec<Vec<(u32, f32)>> = draws
@@ -205,9 +209,13 @@ impl<B: Backend> Engine<B> {
                 });
             }
         }
-        let logits = self.model.logits(&mut self.state, &logits_rows)?;
-        let backend = &self.model.backend;
-        match backend.sample(logits, &rows) {
+        let wanted = Draws {
+            rows: &logits_rows,
+            draws: &rows,
+            vocab_size: self.model.config.vocab_size,
+        };
+        let (model, state) = (&self.model, &mut self.state);
+        match model.forward_and_draw(state, batch, depth, &wanted) {
             Ok(sampled) => Ok((sampled.into_iter().map(Some).collect(), Vec::new())),
             Err(BackendError::Logits(_)) => {
                 // One group's logits are not to end the others.
@@ -216,7 +224,7 @@ impl<B: Backend> Engine<B> {
                 let mut start = 0;
                 for of_group in groups {
                     let end = start + of_group.len();
-                    match backend.sample(logits, &rows[start..end]) {
+                    match model.backend.sample(state.logits(), &rows[start..end]) {
                         Ok(drawn) => sampled.extend(drawn.into_iter().map(Some)),
                         Err(error @ BackendError::Logits(_)) => {
                             sampled.extend(of_group.iter().map(|_| None));
@@ -323,6 +331,21 @@ impl<B: Backend> Engine<B> {
         }
     }
 
+    /// Ends a group with what the device failed with.
+    fn lose(&mut self, group: GroupId, error: &BackendError) {
+        let error = match self.jobs.remove(&group) {
+            Some(Job::Write(job)) if job.has_tokens() => {
+                job.written(Instant::now()).lost(error.clone())
+            }
+            _ => error.clone().into(),
+        };
+        self.scheduler.cancel(group);
+        self.completed.push(Completed {
+            group,
+            result: Err(error),
+        });
+    }
+
     /// Ends a group with an error.
     fn fail(&mut self, group: GroupId, error: EngineError) {
         self.scheduler.cancel(group);
@@ -335,14 +358,23 @@ impl<B: Backend> Engine<B> {
     }
 
     fn finish_all(&mut self, ended: Vec<GroupId>) {
+        let (mut groups, mut written) = (Vec::new(), Vec::new());
         for group in ended {
-            let result = match self.jobs.remove(&group) {
-                Some(Job::Write(job)) => self
-                    .finish_write(*job)
-                    .map(|generated| Completion::Generated(Box::new(generated))),
-                Some(Job::Score(job)) => Ok(Completion::Scored(Box::new(job.scored))),
-                None => continue,
-            };
+            match self.jobs.remove(&group) {
+                Some(Job::Write(job)) => {
+                    groups.push(group);
+                    written.push(*job);
+                }
+                Some(Job::Score(job)) => self.completed.push(Completed {
+                    group,
+                    result: Ok(Completion::Scored(Box::new(job.scored))),
+                }),
+                None => {}
+            }
+        }
+        let results = self.finish_writes(written);
+        for (group, result) in groups.into_iter().zip(results) {
+            let result = result.map(|generated| Completion::Generated(Box::new(generated)));
             self.completed.push(Completed { group, result });
         }
     }

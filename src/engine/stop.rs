@@ -73,6 +73,11 @@ impl StopConditions {
         })
     }
 
+    /// Tokens that end an answer and are not part of it.
+    pub fn end_tokens(&self) -> &[u32] {
+        &self.end_tokens
+    }
+
     /// The reason why a candidate of this many tokens cannot go on.
     fn length_reached(&self, tokens: usize) -> Option<FinishReason> {
         if tokens >= self.max_tokens {

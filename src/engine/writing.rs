@@ -1,6 +1,6 @@
 //! Candidates that are being written: tokens, text, and the features that are kept of them.
 
-use super::request::Candidate;
+use super::request::{Candidate, TokenLogprob};
 use super::select::CandidateFacts;
 use super::stop::{FinishReason, StopConditions, StopState};
 use crate::backend::Backend;
@@ -16,6 +16,7 @@ pub struct Writing {
     detokenizer: Option<Detokenizer>,
     pub token_ids: Vec<u32>,
     pub sampled: Vec<Sampled>,
+    end: Option<Sampled>,
 }
 
 impl Writing {
@@ -26,6 +27,7 @@ impl Writing {
             detokenizer: tokenizer.map(|tokenizer| tokenizer.detokenizer(true)),
             token_ids: Vec::new(),
             sampled: Vec::new(),
+            end: None,
         }
     }
 
@@ -36,9 +38,12 @@ impl Writing {
             .as_mut()
             .map_or("", |d| d.push(sampled.token));
         let reason = self.stop.push(conditions, sampled.token, piece);
-        if reason != Some(FinishReason::Stop) {
-            self.token_ids.push(sampled.token);
-            self.sampled.push(sampled);
+        match reason {
+            Some(FinishReason::Stop) => self.end = Some(sampled),
+            _ => {
+                self.token_ids.push(sampled.token);
+                self.sampled.push(sampled);
+            }
         }
         reason?;
         let rest = self.detokenizer.as_mut().map_or("", |d| d.finish());
@@ -64,6 +69,15 @@ impl Writing {
             token_logprobs: self.sampled.iter().map(|s| s.logprob).collect(),
             self_certainty: certainty / tokens,
             top_logprobs: self.sampled.into_iter().map(|s| s.top_logprobs).collect(),
+            end_token: self.end.map(|end| {
+                let Sampled {
+                    token,
+                    logprob,
+                    top_logprobs: top,
+                    ..
+                } = end;
+                (token, TokenLogprob { logprob, top })
+            }),
             score: None,
             features: Vec::new(),
         }

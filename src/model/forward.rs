@@ -8,8 +8,11 @@
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::files::ModelFiles;
-use super::tensor::{Tensor, check_finite};
-use crate::backend::{Attention, Backend, BackendError, Batch, KvShape, Norm, PageId};
+use super::tensor::{Dtype, Tensor, check_finite};
+use crate::backend::sampling::Sampled;
+use crate::backend::{
+    Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PageId, PlannedRows,
+};
 use crate::model::config::Rope;
 
 /// A decoder-only transformer of the Llama family, its weights on a device.
@@ -50,13 +53,18 @@ struct Layer<B: Backend> {
 /// The KV cache, and what the last batch computed.
 pub struct State<B: Backend> {
     kv: B::KvCache,
+    activations: Activations<B>,
+    logits: B::Rows,
+}
+
+/// What the layers of a batch compute.
+struct Activations<B: Backend> {
     /// The residual stream, `[rows, hidden_size]`.
     residual: B::Rows,
     qkv: B::Rows,
     attended: B::Rows,
     gated: B::Rows,
-    logits: B::Rows,
-    /// The residual stream after each captured layer.
+    /// The residual stream after each layer that was ever captured.
     captured: Vec<(usize, B::Rows)>,
 }
 
@@ -88,23 +96,31 @@ impl<B: Backend> Model<B> {
         files: &ModelFiles,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Model<B>, LoadError> {
+        let (name, fingerprint) = (files.name().to_string(), files.fingerprint());
+        let loader = Loader { files, progress };
         let config = files.config().clone();
-        let mut loader = Loader {
-            backend: &backend,
-            files,
-            config: &config,
-            progress,
-        };
-        let embedding = loader.matrix(&["model.embed_tokens.weight"])?;
+        backend.check_memory(&needs(&backend, files, &config)?)?;
+        Model::assemble(backend, config, name, fingerprint, loader)
+    }
+
+    /// A model of weights that come from anywhere.
+    pub fn assemble(
+        backend: B,
+        config: ModelConfig,
+        name: String,
+        fingerprint: String,
+        mut source: impl WeightSource<B>,
+    ) -> Result<Model<B>, LoadError> {
+        let embedding = ["model.embed_tokens.weight".to_string()];
+        let embedding = source.matrix(&backend, &embedding)?;
         let layers = (0..config.layers)
-            .map(|layer| loader.layer(layer))
+            .map(|layer| Layer::collect(&backend, layer, &mut source))
             .collect::<Result<_, _>>()?;
-        let final_norm = loader.norm("model.norm.weight")?;
+        let final_norm = source.norm(&backend, "model.norm.weight")?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(loader.matrix(&["lm_head.weight"])?),
+            false => Some(source.matrix(&backend, &["lm_head.weight".to_string()])?),
         };
-        let (name, fingerprint) = (files.name().to_string(), files.fingerprint());
         Ok(Model {
             backend,
             config,
@@ -140,12 +156,14 @@ impl<B: Backend> Model<B> {
         let rows = |width| self.backend.rows(0, width);
         Ok(State {
             kv: self.backend.kv_cache(self.kv_shape())?,
-            residual: rows(hidden_size)?,
-            qkv: rows((heads + 2 * kv_heads) * head_dim)?,
-            attended: rows(heads * head_dim)?,
-            gated: rows(intermediate_size)?,
+            activations: Activations {
+                residual: rows(hidden_size)?,
+                qkv: rows((heads + 2 * kv_heads) * head_dim)?,
+                attended: rows(heads * head_dim)?,
+                gated: rows(intermediate_size)?,
+                captured: Vec::new(),
+            },
             logits: rows(self.config.vocab_size)?,
-            captured: Vec::new(),
         })
     }
 
@@ -160,43 +178,105 @@ impl<B: Backend> Model<B> {
         batch: &Batch,
         depth: Depth,
     ) -> Result<(), BackendError> {
-        let (backend, config) = (&self.backend, &self.config);
+        let plan = self.plan(state, batch, None, depth)?;
+        self.layers(&plan, &mut state.kv, &mut state.activations, depth);
+        Ok(())
+    }
+
+    /// Runs a batch through all layers and draws tokens from it; the logits of `draws.rows` stay in
+    /// `state` too.
+    pub fn forward_and_draw(
+        &self,
+        state: &mut State<B>,
+        batch: &Batch,
+        depth: Depth,
+        draws: &Draws,
+    ) -> Result<Vec<Sampled>, BackendError> {
+        let plan = self.plan(state, batch, Some(draws), depth)?;
         let State {
             kv,
+            activations,
+            logits,
+        } = state;
+        let what: Vec<usize> = [depth.layers]
+            .iter()
+            .chain(depth.capture)
+            .copied()
+            .collect();
+        let mut compute = |logits: &mut B::Rows| {
+            self.layers(&plan, kv, activations, depth);
+            self.lm_head(&activations.residual, LogitRows::Drawn(&plan), logits);
+        };
+        self.backend
+            .draw(&plan, &what, draws.draws, logits, &mut compute)
+    }
+
+    /// Readies a batch: where its rows stand, and room for what is computed of them.
+    fn plan(
+        &self,
+        state: &mut State<B>,
+        batch: &Batch,
+        draws: Option<&Draws>,
+        depth: Depth,
+    ) -> Result<B::Plan, BackendError> {
+        let (backend, config) = (&self.backend, &self.config);
+        let ropes: Vec<&Rope> = config.attention[..depth.layers]
+            .iter()
+            .map(|a| &a.rope)
+            .collect();
+        let plan = backend.plan(batch, draws, &ropes, &mut state.kv)?;
+        let PlannedRows { rows, logits } = backend.planned_rows(&plan);
+        let Activations {
             residual,
             qkv,
             attended,
             gated,
             captured,
-            ..
-        } = state;
-        let rows = batch.tokens.len();
-        for activations in [&mut *residual, &mut *qkv, &mut *attended, &mut *gated] {
+        } = &mut state.activations;
+        for activations in [residual, qkv, attended, gated] {
             backend.resize(activations, rows)?;
         }
-        let ropes: Vec<&Rope> = config.attention[..depth.layers]
-            .iter()
-            .map(|a| &a.rope)
-            .collect();
-        let plan = backend.plan(batch, &ropes, kv)?;
-        let mut kept = Vec::with_capacity(depth.capture.len());
         for &layer in depth.capture {
-            // The buffer of an earlier batch, if there is one.
-            let mut rows_of_layer = match captured.pop() {
-                Some((_, rows)) => rows,
-                None => backend.rows(rows, config.hidden_size)?,
-            };
-            backend.resize(&mut rows_of_layer, rows)?;
-            kept.push((layer, rows_of_layer));
+            if !captured.iter().any(|(known, _)| *known == layer) {
+                captured.push((layer, backend.rows(0, config.hidden_size)?));
+            }
         }
-        *captured = kept;
+        let wanted = captured
+            .iter_mut()
+            .filter(|(l, _)| depth.capture.contains(l));
+        for (_, rows_of_layer) in wanted {
+            backend.resize(rows_of_layer, rows)?;
+        }
+        if draws.is_some() {
+            backend.resize(&mut state.logits, logits)?;
+        }
+        Ok(plan)
+    }
+
+    /// The operations of a planned batch's layers.
+    fn layers(
+        &self,
+        plan: &B::Plan,
+        kv: &mut B::KvCache,
+        activations: &mut Activations<B>,
+        depth: Depth,
+    ) {
+        let (backend, config) = (&self.backend, &self.config);
+        let Activations {
+            residual,
+            qkv,
+            attended,
+            gated,
+            captured,
+        } = activations;
+        let rows = backend.planned_rows(plan).rows;
         let norm = |weight| Norm {
             weight,
             epsilon: config.rms_norm_eps,
         };
         let every_row: Vec<(usize, usize)> = (0..rows).map(|row| (row, row)).collect();
 
-        backend.embed(&plan, &self.embedding, config.embedding_scale, residual);
+        backend.embed(plan, &self.embedding, config.embedding_scale, residual);
         for (index, layer) in self.layers[..depth.layers].iter().enumerate() {
             let attention = Attention {
                 layer: index,
@@ -214,8 +294,8 @@ impl<B: Backend> Model<B> {
                 layer.qkv_bias.as_ref(),
                 qkv,
             );
-            backend.rope_append(&plan, &attention, qkv, kv);
-            backend.attention(&plan, &attention, qkv, kv, attended);
+            backend.rope_append(plan, &attention, qkv, kv);
+            backend.attention(plan, &attention, qkv, kv, attended);
             let post = layer.post_attention_norm.as_ref().map(norm);
             backend.matmul_add(
                 attended,
@@ -231,11 +311,12 @@ impl<B: Backend> Model<B> {
             let post = layer.post_feed_forward_norm.as_ref().map(norm);
             backend.matmul_add(gated, &layer.down, layer.down_bias.as_ref(), post, residual);
 
-            for (_, rows) in captured.iter_mut().filter(|(layer, _)| *layer == index + 1) {
-                backend.copy_rows(residual, &every_row, rows);
+            if depth.capture.contains(&(index + 1)) {
+                for (_, rows) in captured.iter_mut().filter(|(layer, _)| *layer == index + 1) {
+                    backend.copy_rows(residual, &every_row, rows);
+                }
             }
         }
-        Ok(())
     }
 
     /// Logits `[rows.len(), vocab_size]` of rows of the last batch, which must have gone through all
@@ -245,24 +326,21 @@ impl<B: Backend> Model<B> {
         state: &'s mut State<B>,
         rows: &[u32],
     ) -> Result<&'s B::Rows, BackendError> {
-        let State {
-            residual, logits, ..
-        } = state;
-        self.backend.resize(logits, rows.len())?;
+        self.backend.resize(&mut state.logits, rows.len())?;
+        let (residual, logits) = (&state.activations.residual, &mut state.logits);
+        self.lm_head(residual, LogitRows::These(rows), logits);
+        Ok(logits)
+    }
+
+    fn lm_head(&self, residual: &B::Rows, rows: LogitRows<B::Plan>, logits: &mut B::Rows) {
         let norm = Norm {
             weight: &self.final_norm,
             epsilon: self.config.rms_norm_eps,
         };
         let weight = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        self.backend.lm_head(
-            residual,
-            rows,
-            norm,
-            weight,
-            self.config.logit_softcap,
-            logits,
-        );
-        Ok(logits)
+        let softcap = self.config.logit_softcap;
+        self.backend
+            .lm_head(residual, rows, norm, weight, softcap, logits);
     }
 
     /// Bytes of the weights that a decode step reads.
@@ -297,6 +375,16 @@ impl<B: Backend> Model<B> {
 }
 
 impl<B: Backend> State<B> {
+    /// Bytes that the pages of the KV cache take now.
+    pub fn kv_bytes(&self, backend: &B) -> usize {
+        backend.kv_bytes(&self.kv)
+    }
+
+    /// The logits of the last batch's draws.
+    pub fn logits(&self) -> &B::Rows {
+        &self.logits
+    }
+
     /// Makes page `to` a copy of page `from`, in every layer.
     pub fn copy_page(&mut self, backend: &B, from: PageId, to: PageId) -> Result<(), BackendError> {
         backend.copy_page(&mut self.kv, from, to)
@@ -305,76 +393,125 @@ impl<B: Backend> State<B> {
     /// The residual stream after a captured layer, `[rows, hidden_size]`.
     ///
     /// # Panics
-    /// If the last batch did not capture that layer.
+    /// If no batch captured that layer.
     pub fn captured(&self, layer: usize) -> &B::Rows {
-        let found = self
-            .captured
-            .iter()
-            .find(|(captured, _)| *captured == layer);
+        let captured = &self.activations.captured;
+        let found = captured.iter().find(|(captured, _)| *captured == layer);
         &found.expect("the layer was captured").1
     }
 }
 
-/// Fetches tensors by name, checks and uploads them.
-struct Loader<'a, B: Backend> {
-    backend: &'a B,
-    files: &'a ModelFiles,
-    config: &'a ModelConfig,
-    progress: &'a mut dyn FnMut(u64),
+/// Rows of a large step: a chunk of a prompt beside candidates.
+const STEP_ROWS: usize = 512;
+/// Rows of logits of one.
+const LOGITS_ROWS: usize = 128;
+/// Recorded steps and small things, by a generous estimate.
+const OTHER_BYTES: usize = 64 << 20;
+
+/// What a model needs on its device besides keys and values.
+fn needs<B: Backend>(
+    backend: &B,
+    files: &ModelFiles,
+    config: &ModelConfig,
+) -> Result<Vec<(String, usize)>, ModelError> {
+    let mut weights = 0;
+    for name in files.tensor_names() {
+        let tensor = files.tensor(name)?;
+        let dtype = match files.quantize && tensor.becomes_q8_0() {
+            true => Dtype::Q8_0,
+            false => tensor.dtype,
+        };
+        weights += backend.bytes_on_device(dtype, &tensor.shape);
+    }
+    let (heads, kv_heads) = (config.heads, config.kv_heads);
+    let row = 3 * config.hidden_size
+        + (2 * heads + 2 * kv_heads) * config.head_dim
+        + 2 * config.intermediate_size;
+    let activations = STEP_ROWS * row + LOGITS_ROWS * config.vocab_size;
+    Ok(vec![
+        ("weights".to_string(), weights),
+        ("activations".to_string(), activations * size_of::<f32>()),
+        ("recorded steps".to_string(), OTHER_BYTES),
+    ])
 }
 
-impl<'a, B: Backend> Loader<'a, B> {
-    fn layer(&mut self, layer: usize) -> Result<Layer<B>, LoadError> {
+/// Where weights come from: a model's files, or whoever makes them up. Names are those of Hugging
+/// Face's files.
+pub trait WeightSource<B: Backend> {
+    /// Whether the model has this tensor.
+    fn has(&self, name: &str) -> Result<bool, LoadError>;
+    /// [`Backend::matrix`] of weights with the same inputs.
+    fn matrix(&mut self, backend: &B, names: &[String]) -> Result<B::Matrix, LoadError>;
+    /// [`Backend::gated_matrix`]
+    fn gated_matrix(&mut self, backend: &B, gate: &str, up: &str) -> Result<B::Matrix, LoadError>;
+    /// The weight of an RMSNorm.
+    fn norm(&mut self, backend: &B, name: &str) -> Result<B::Vector, LoadError>;
+    /// The biases of a matrix's parts, side by side; zeros where only some parts have one.
+    fn bias(&mut self, backend: &B, names: &[String]) -> Result<Option<B::Vector>, LoadError>;
+}
+
+impl<B: Backend> Layer<B> {
+    fn collect(
+        backend: &B,
+        layer: usize,
+        source: &mut impl WeightSource<B>,
+    ) -> Result<Layer<B>, LoadError> {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let attention = |part: &str| name(&format!("self_attn.{part}"));
         let feed_forward = |part: &str| name(&format!("mlp.{part}"));
         let qkv = ["q_proj", "k_proj", "v_proj"];
         // The Gemma family has norms before and after each half; there `post_attention_layernorm` is
         // what its name says, elsewhere the norm before the feed-forward.
-        let sandwich = self
-            .files
-            .optional_tensor(&name("pre_feedforward_layernorm.weight"))?
-            .is_some();
+        let sandwich = source.has(&name("pre_feedforward_layernorm.weight"))?;
         let before_feed_forward = if sandwich {
             "pre_feedforward"
         } else {
             "post_attention"
         };
+        let query_norm = attention("q_norm.weight");
+        let key_norm = attention("k_norm.weight");
+        let (has_query_norm, has_key_norm) = (source.has(&query_norm)?, source.has(&key_norm)?);
+        let mut norm_if =
+            |wanted: bool, name: &str| wanted.then(|| source.norm(backend, name)).transpose();
         Ok(Layer {
-            input_norm: self.norm(&name("input_layernorm.weight"))?,
-            qkv: self.matrix(&qkv.map(|part| attention(&format!("{part}.weight"))))?,
-            qkv_bias: self.bias(&qkv.map(|part| attention(&format!("{part}.bias"))))?,
-            query_norm: self.optional_norm(&attention("q_norm.weight"))?,
-            key_norm: self.optional_norm(&attention("k_norm.weight"))?,
-            output: self.matrix(&[attention("o_proj.weight")])?,
-            output_bias: self.bias(&[attention("o_proj.bias")])?,
-            post_attention_norm: match sandwich {
-                true => Some(self.norm(&name("post_attention_layernorm.weight"))?),
-                false => None,
-            },
-            feed_forward_norm: self
-                .norm(&name(&format!("{before_feed_forward}_layernorm.weight")))?,
-            gate_up: {
-                let (gate, gate_bytes) = self.weight(&feed_forward("gate_proj.weight"))?;
-                let (up, up_bytes) = self.weight(&feed_forward("up_proj.weight"))?;
-                let matrix = self.backend.gated_matrix(&gate, &up)?;
-                for part in ["gate_proj.weight", "up_proj.weight"] {
-                    self.files.forget(&feed_forward(part));
-                }
-                (self.progress)(gate_bytes + up_bytes);
-                matrix
-            },
-            gate_up_bias: self
-                .bias(&[feed_forward("gate_proj.bias"), feed_forward("up_proj.bias")])?,
-            down: self.matrix(&[feed_forward("down_proj.weight")])?,
-            down_bias: self.bias(&[feed_forward("down_proj.bias")])?,
-            post_feed_forward_norm: match sandwich {
-                true => Some(self.norm(&name("post_feedforward_layernorm.weight"))?),
-                false => None,
-            },
+            query_norm: norm_if(has_query_norm, &query_norm)?,
+            key_norm: norm_if(has_key_norm, &key_norm)?,
+            post_attention_norm: norm_if(sandwich, &name("post_attention_layernorm.weight"))?,
+            post_feed_forward_norm: norm_if(sandwich, &name("post_feedforward_layernorm.weight"))?,
+            input_norm: source.norm(backend, &name("input_layernorm.weight"))?,
+            qkv: source.matrix(
+                backend,
+                &qkv.map(|part| attention(&format!("{part}.weight"))),
+            )?,
+            qkv_bias: source.bias(backend, &qkv.map(|part| attention(&format!("{part}.bias"))))?,
+            output: source.matrix(backend, &[attention("o_proj.weight")])?,
+            output_bias: source.bias(backend, &[attention("o_proj.bias")])?,
+            feed_forward_norm: source.norm(
+                backend,
+                &name(&format!("{before_feed_forward}_layernorm.weight")),
+            )?,
+            gate_up: source.gated_matrix(
+                backend,
+                &feed_forward("gate_proj.weight"),
+                &feed_forward("up_proj.weight"),
+            )?,
+            gate_up_bias: source.bias(
+                backend,
+                &[feed_forward("gate_proj.bias"), feed_forward("up_proj.bias")],
+            )?,
+            down: source.matrix(backend, &[feed_forward("down_proj.weight")])?,
+            down_bias: source.bias(backend, &[feed_forward("down_proj.bias")])?,
         })
     }
+}
 
+/// Fetches tensors from files by name, checks and uploads them.
+struct Loader<'a> {
+    files: &'a ModelFiles,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl<'a> Loader<'a> {
     fn checked(&self, name: &str) -> Result<Tensor<'a>, ModelError> {
         let tensor = self.files.tensor(name)?;
         check_finite(name, &tensor)?;
@@ -388,44 +525,52 @@ impl<'a, B: Backend> Loader<'a, B> {
         let quantized = self.files.quantize.then(|| stored.to_q8_0()).flatten();
         Ok((quantized.unwrap_or(stored), bytes))
     }
+}
 
-    fn matrix(&mut self, names: &[impl AsRef<str>]) -> Result<B::Matrix, LoadError> {
+impl<B: Backend> WeightSource<B> for Loader<'_> {
+    fn has(&self, name: &str) -> Result<bool, LoadError> {
+        Ok(self.files.optional_tensor(name)?.is_some())
+    }
+
+    fn matrix(&mut self, backend: &B, names: &[String]) -> Result<B::Matrix, LoadError> {
         let mut parts = Vec::with_capacity(names.len());
         let mut bytes = 0;
         for name in names {
-            let (part, stored) = self.weight(name.as_ref())?;
+            let (part, stored) = self.weight(name)?;
             parts.push(part);
             bytes += stored;
         }
-        let matrix = self.backend.matrix(&parts)?;
+        let matrix = backend.matrix(&parts)?;
         for name in names {
-            self.files.forget(name.as_ref());
+            self.files.forget(name);
         }
         (self.progress)(bytes);
         Ok(matrix)
     }
 
-    fn norm(&self, name: &str) -> Result<B::Vector, LoadError> {
+    fn gated_matrix(&mut self, backend: &B, gate: &str, up: &str) -> Result<B::Matrix, LoadError> {
+        let (gate_weight, gate_bytes) = self.weight(gate)?;
+        let (up_weight, up_bytes) = self.weight(up)?;
+        let matrix = backend.gated_matrix(&gate_weight, &up_weight)?;
+        for name in [gate, up] {
+            self.files.forget(name);
+        }
+        (self.progress)(gate_bytes + up_bytes);
+        Ok(matrix)
+    }
+
+    fn norm(&mut self, backend: &B, name: &str) -> Result<B::Vector, LoadError> {
         let mut weight = self.checked(name)?.to_f32();
-        if self.config.norm_weight_plus_one {
+        if self.files.config().norm_weight_plus_one {
             weight.iter_mut().for_each(|w| *w += 1.0);
         }
-        Ok(self.backend.vector(&weight)?)
+        Ok(backend.vector(&weight)?)
     }
 
-    fn optional_norm(&self, name: &str) -> Result<Option<B::Vector>, LoadError> {
-        self.files
-            .optional_tensor(name)?
-            .map(|_| self.norm(name))
-            .transpose()
-    }
-
-    /// The biases of a matrix's parts, side by side; zeros where only some parts have one.
-    fn bias(&self, names: &[impl AsRef<str>]) -> Result<Option<B::Vector>, LoadError> {
+    fn bias(&mut self, backend: &B, names: &[String]) -> Result<Option<B::Vector>, LoadError> {
         let mut values = Vec::new();
         let mut any = false;
         for name in names {
-            let name = name.as_ref();
             match self.files.optional_tensor(name)? {
                 Some(_) => {
                     any = true;
@@ -438,7 +583,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             }
         }
         if any {
-            Ok(Some(self.backend.vector(&values)?))
+            Ok(Some(backend.vector(&values)?))
         } else {
             Ok(None)
         }

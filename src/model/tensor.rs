@@ -143,12 +143,19 @@ impl Tensor<'_> {
         out
     }
 
+    /// Whether [`Tensor::to_q8_0`] has something to do: numbers, in rows of whole blocks.
+    pub fn becomes_q8_0(&self) -> bool {
+        let is_matrix = self.shape.len() == 2;
+        let whole_blocks = self.columns().is_multiple_of(Dtype::Q8_0.block_len());
+        is_matrix && self.dtype.block_len() == 1 && whole_blocks
+    }
+
     /// The same numbers in eight bits, as GGUF's Q8_0 has them: of each 32, bytes and a float16
     /// scale, 1/127 of the greatest magnitude. `None` for what is in blocks already, and where rows
     /// are not whole blocks.
     pub fn to_q8_0(&self) -> Option<Tensor<'static>> {
         let block = Dtype::Q8_0.block_len();
-        if self.dtype.block_len() > 1 || !self.columns().is_multiple_of(block) {
+        if !self.becomes_q8_0() {
             return None;
         }
         let mut data = Vec::with_capacity(self.rows() * Dtype::Q8_0.row_bytes(self.columns())?);

@@ -609,10 +609,17 @@ fn rankers_for_another_model_or_layer_are_refused() {
     );
 }
 
+/// A ranker of each kind, a group, and its scores.
+pub(crate) struct GoldenRanker {
+    pub name: &'static str,
+    pub ranker: Ranker,
+    pub group: Group,
+    pub scores: Vec<f32>,
+}
+
 /// Files written by `scripts/train_ranker.py`, scored in float64 by PyTorch's own transformer layer:
 /// `tests/reference/ranker.py`.
-#[test]
-fn scores_equal_those_of_pytorch() {
+pub(crate) fn golden_rankers() -> Vec<GoldenRanker> {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/ranker");
     let bytes = std::fs::read(folder.join("cases.safetensors")).unwrap();
     let cases = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -624,21 +631,34 @@ fn scores_equal_those_of_pytorch() {
             .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()))
             .collect()
     };
+    let both = tensor("mean_logprob").into_iter().zip(tensor("length"));
+    let extra: Vec<ExtraInputs> = both
+        .map(|(mean_logprob, length)| ExtraInputs {
+            mean_logprob,
+            length,
+        })
+        .collect();
+    ["listwise", "listwise_cosine", "pointwise", "linear"]
+        .map(|name| GoldenRanker {
+            name,
+            ranker: Ranker::load(&folder.join(format!("{name}.safetensors"))).unwrap(),
+            group: (tensor("prompt"), tensor("candidates"), extra.clone()),
+            scores: tensor(&format!("scores.{name}")),
+        })
+        .into()
+}
+
+#[test]
+fn scores_equal_those_of_pytorch() {
     let mut kinds = BTreeMap::new();
-    for name in ["listwise", "listwise_cosine", "pointwise", "linear"] {
-        let ranker = Ranker::load(&folder.join(format!("{name}.safetensors"))).unwrap();
-        let extra: Vec<ExtraInputs> = tensor("mean_logprob")
-            .into_iter()
-            .zip(tensor("length"))
-            .map(|(mean_logprob, length)| ExtraInputs {
-                mean_logprob,
-                length,
-            })
-            .collect();
-        let found = ranker
-            .score(&tensor("prompt"), &tensor("candidates"), &extra)
-            .unwrap();
-        let expected = tensor(&format!("scores.{name}"));
+    for golden in golden_rankers() {
+        let GoldenRanker {
+            name,
+            ranker,
+            group: (prompt, candidates, extra),
+            scores: expected,
+        } = golden;
+        let found = ranker.score(&prompt, &candidates, &extra).unwrap();
         assert_eq!(found.len(), expected.len());
         let largest = expected.iter().fold(0.0, |a: f32, b| a.max(b.abs()));
         for (found, expected) in found.iter().zip(&expected) {

@@ -19,7 +19,15 @@ pub struct ScoredToken {
     pub top: Vec<(u32, f32)>,
 }
 
-pub fn scored_tokens(candidate: &Candidate) -> Vec<ScoredToken> {
+/// The tokens of an answer. Completions have the end token among them, as in vLLM: evaluations that ask
+/// for one token behind a prompt count on it.
+pub fn scored_tokens(form: Form, candidate: &Candidate) -> Vec<ScoredToken> {
+    let end = candidate.end_token.iter().map(|(token, end)| ScoredToken {
+        token: *token,
+        logprob: Some(end.logprob),
+        top: end.top.clone(),
+    });
+    let end = end.filter(|_| form == Form::Completion);
     let tokens = candidate.token_ids.iter().enumerate();
     tokens
         .map(|(place, &token)| ScoredToken {
@@ -31,6 +39,7 @@ pub fn scored_tokens(candidate: &Candidate) -> Vec<ScoredToken> {
                 .cloned()
                 .unwrap_or_default(),
         })
+        .chain(end)
         .collect()
 }
 

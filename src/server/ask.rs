@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 use super::error::ApiError;
-use super::fields::{Fields, bad};
+use super::fields::{Fields, bad, whole};
 use super::state::Server;
 use crate::backend::sampling::SamplingParams;
 use crate::engine::GenerateRequest;
@@ -46,6 +46,8 @@ pub struct Ask {
     pub stream_candidates: bool,
     pub return_all: bool,
     pub return_scores: bool,
+    /// Of a prompt's tokens only so many of the last go in.
+    pub truncate_prompt: Option<usize>,
 }
 
 /// What a model's name says beside the model.
@@ -56,12 +58,28 @@ struct NamedModel<'a> {
 }
 
 /// Reads `NAME`, `NAME:best-of-N` or `NAME:best-of-N:RANKER`; `None` where it is another model.
-fn parse_model<'a>(name: &'a str, served: &str) -> Option<NamedModel<'a>> {
-    let rest = name.strip_prefix(served)?;
+fn parse_model<'a>(name: &'a str, served: &[String]) -> Option<NamedModel<'a>> {
+    served
+        .iter()
+        .find_map(|served| parse_suffix(name.strip_prefix(base_name(served))?))
+}
+
+const BEST_OF: &str = ":best-of-";
+
+/// A served name without what it says beside the model: gateways take the first name that a server
+/// lists for its model's only one, so the first may be such as `NAME:best-of-16`.
+pub fn base_name(served: &str) -> &str {
+    match served.rfind(BEST_OF).map(|at| served.split_at(at)) {
+        Some((base, rest)) if !base.is_empty() && parse_suffix(rest).is_some() => base,
+        _ => served,
+    }
+}
+
+fn parse_suffix(rest: &str) -> Option<NamedModel<'_>> {
     if rest.is_empty() {
         return Some(NamedModel::default());
     }
-    let rest = rest.strip_prefix(":best-of-")?;
+    let rest = rest.strip_prefix(BEST_OF)?;
     let (number, ranker) = match rest.split_once(':') {
         Some((number, ranker)) => (number, Some(ranker)),
         None => (rest, None),
@@ -78,8 +96,8 @@ fn parse_model<'a>(name: &'a str, served: &str) -> Option<NamedModel<'a>> {
 /// Whether a name stands for this server's model, its number and ranker being possible.
 pub fn check_model(server: &Server, name: &str) -> Result<(), ApiError> {
     let config = &server.config;
-    let unknown = || ApiError::model_not_found(name, &config.served_model_name);
-    let named = parse_model(name, &config.served_model_name).ok_or_else(unknown)?;
+    let unknown = || ApiError::model_not_found(name, config.model_name());
+    let named = parse_model(name, &config.served_model_names).ok_or_else(unknown)?;
     let possible = named
         .best_of
         .is_none_or(|n| (1..=config.max_candidates).contains(&n));
@@ -96,10 +114,10 @@ pub fn check_model(server: &Server, name: &str) -> Result<(), ApiError> {
 impl Ask {
     pub fn read(server: &Server, fields: &Fields, form: Form) -> Result<Ask, ApiError> {
         let config = &server.config;
-        let served = &config.served_model_name;
+        let served = config.model_name();
         let model = fields.string("model")?.unwrap_or(served).to_string();
-        let named =
-            parse_model(&model, served).ok_or_else(|| ApiError::model_not_found(&model, served))?;
+        let named = parse_model(&model, &config.served_model_names)
+            .ok_or_else(|| ApiError::model_not_found(&model, served))?;
 
         let most = config.max_candidates as u64;
         let n = fields.integer("n", 1..=most)?.unwrap_or(1);
@@ -147,11 +165,13 @@ impl Ask {
             (None, None) => Strategy::First,
         };
 
+        refuse_constraints(fields)?;
         let stream = fields.bool("stream")?.unwrap_or(false);
         let include_usage = include_usage(fields, stream)?;
         let echo = form == Form::Completion && fields.bool("echo")?.unwrap_or(false);
         let logprobs = logprobs(fields, form)?;
         let max_tokens = max_tokens(fields, form, server, echo)?;
+        let min_tokens = fields.integer("min_tokens", 0..=max_tokens as u64)?;
         if fields
             .string("suffix")?
             .is_some_and(|suffix| !suffix.is_empty())
@@ -161,6 +181,7 @@ impl Ask {
         let request = GenerateRequest {
             n: candidates,
             max_tokens: max_tokens.max(1),
+            min_tokens: min_tokens.unwrap_or(0),
             sampling: sampling(fields, &server.sampling)?,
             seed: fields.seed()?.unwrap_or_else(random_seed),
             stop: stop(fields)?,
@@ -194,6 +215,7 @@ impl Ask {
             stream_candidates: fields.bool("stream_candidates")?.unwrap_or(false),
             return_all: fields.bool("return_all")?.unwrap_or(false),
             return_scores: fields.bool("return_scores")?.unwrap_or(false),
+            truncate_prompt: fields.integer("truncate_prompt_tokens", 1..=u64::MAX)?,
             request,
         })
     }
@@ -230,6 +252,35 @@ fn strategy(fields: &Fields) -> Result<Option<Strategy>, ApiError> {
                  not {name:?}"
             ),
         )),
+    }
+}
+
+/// Output is not constrained: who asks for it is told, rather than given something else.
+fn refuse_constraints(fields: &Fields) -> Result<(), ApiError> {
+    const CONSTRAINTS: [&str; 6] = [
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "grammar",
+    ];
+    for name in CONSTRAINTS {
+        if fields.get(name).is_some() {
+            let message = format!("`{name}` is not supported: output is not constrained");
+            return Err(ApiError::field(name, message));
+        }
+    }
+    match fields.get("response_format") {
+        None => Ok(()),
+        Some(format) => match format.get("type").and_then(Value::as_str) {
+            Some("text") => Ok(()),
+            Some("json_object" | "json_schema") => {
+                let message = "`response_format`: only {\"type\": \"text\"} is supported";
+                Err(ApiError::field("response_format", message))
+            }
+            _ => Err(bad("response_format", "{\"type\": \"text\"}", format)),
+        },
     }
 }
 
@@ -357,7 +408,7 @@ fn token_list(fields: &Fields, name: &str, most: usize) -> Result<Vec<u32>, ApiE
 }
 
 pub fn token_id(value: &Value) -> Option<u32> {
-    u32::try_from(value.as_u64()?).ok()
+    u32::try_from(whole(value)?).ok()
 }
 
 /// A seed of few digits, as `podium generate` takes one.
@@ -384,7 +435,11 @@ mod tests {
 
     #[test]
     fn names_of_models_say_how_many_and_by_whom() {
-        let parsed = |name| parse_model(name, "org/m:x");
+        let served = ["org/m:x".to_string(), "other:best-of-3".to_string()];
+        let parsed = |name| parse_model(name, &served);
+        assert_eq!(parsed("other"), Some(NamedModel::default()));
+        assert_eq!(parsed("other:best-of-3").unwrap().best_of, Some(3));
+        assert_eq!(parsed("other:best-of-9").unwrap().best_of, Some(9));
         assert_eq!(parsed("org/m:x"), Some(NamedModel::default()));
         assert_eq!(
             parsed("org/m:x:best-of-16"),

@@ -14,23 +14,13 @@ use crate::model::text::{ChatMessage, ChatRequest};
 /// Answers a chat.
 pub async fn chat(State(state): State<Shared>, fields: Fields) -> Result<Response, ApiError> {
     let ask = Ask::read(&state, &fields, Form::Chat)?;
-    refuse_unsupported(&fields)?;
+    check_tool_choice(&fields)?;
     let prompt = chat_prompt(&state, &fields)?;
     respond(state, ask, vec![prompt], "messages").await
 }
 
-/// What would silently mean something else.
-fn refuse_unsupported(fields: &Fields) -> Result<(), ApiError> {
-    if let Some(format) = fields.get("response_format") {
-        match format.get("type").and_then(Value::as_str) {
-            Some("text") => {}
-            Some("json_object" | "json_schema") => {
-                let message = "`response_format`: only {\"type\": \"text\"} is supported";
-                return Err(ApiError::field("response_format", message));
-            }
-            _ => return Err(bad("response_format", "{\"type\": \"text\"}", format)),
-        }
-    }
+/// Calls cannot be enforced.
+fn check_tool_choice(fields: &Fields) -> Result<(), ApiError> {
     if let Some(choice) = fields.get("tool_choice")
         && !matches!(choice.as_str(), Some("none" | "auto"))
     {
@@ -42,6 +32,7 @@ fn refuse_unsupported(fields: &Fields) -> Result<(), ApiError> {
 /// The prompt that the model's template makes of a request's messages.
 pub fn chat_prompt(state: &Server, fields: &Fields) -> Result<PromptInput, ApiError> {
     let messages = messages(fields)?;
+    let continues = fields.bool("continue_final_message")?.unwrap_or(false);
     let list = |name: &str| -> Result<Option<Vec<Value>>, ApiError> {
         fields.typed(name, "a list of objects", |value| {
             let items = value.as_array()?;
@@ -65,15 +56,35 @@ pub fn chat_prompt(state: &Server, fields: &Fields) -> Result<PromptInput, ApiEr
         tools: tools.as_deref(),
         documents: documents.as_deref(),
         variables: variables.as_ref(),
-        add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(true),
+        add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(!continues),
         ..ChatRequest::new(&messages)
     });
-    let text = rendered.map_err(|error| ApiError::from_text(&error, "messages"))?;
+    let mut text = rendered.map_err(|error| ApiError::from_text(&error, "messages"))?;
+    if continues {
+        cut_behind_last(&mut text, &messages)?;
+    }
     let token_ids = state
         .tokenizer
         .encode(&text, false)
         .map_err(|error| ApiError::from_text(&error, "messages"))?;
     Ok(PromptInput { text, token_ids })
+}
+
+/// Takes away what the template puts behind the last message, so that the answer goes on with it.
+fn cut_behind_last(prompt: &mut String, messages: &[ChatMessage]) -> Result<(), ApiError> {
+    let last = messages.last().and_then(|message| message.0.get("content"));
+    let last = last.and_then(Value::as_str).unwrap_or_default();
+    // Templates may trim what a message has around it.
+    let found = [last, last.trim()]
+        .into_iter()
+        .filter(|content| !content.is_empty())
+        .find_map(|content| Some(prompt.rfind(content)? + content.len()));
+    let Some(end) = found else {
+        let message = "`continue_final_message`: the last message's text is not in the prompt";
+        return Err(ApiError::field("continue_final_message", message));
+    };
+    prompt.truncate(end);
+    Ok(())
 }
 
 fn messages(fields: &Fields) -> Result<Vec<ChatMessage>, ApiError> {

@@ -13,8 +13,8 @@ pub struct ServerConfig {
     pub port: u16,
     /// Any of these opens every route; none: all routes are open.
     pub api_keys: Vec<String>,
-    /// What clients call the model.
-    pub served_model_name: String,
+    /// What clients call the model: any of these; answers that were not asked by name have the first.
+    pub served_model_names: Vec<String>,
     /// Candidates of a request that does not say how many.
     pub best_of: usize,
     /// Ranker of a request that does not name one.
@@ -47,7 +47,7 @@ impl Default for ServerConfig {
             host: "127.0.0.1".to_string(),
             port: 8000,
             api_keys: Vec::new(),
-            served_model_name: String::new(),
+            served_model_names: Vec::new(),
             best_of: 1,
             default_ranker: None,
             select: None,
@@ -63,5 +63,12 @@ impl Default for ServerConfig {
             drain_timeout: Duration::from_secs(30),
             cors_origins: Vec::new(),
         }
+    }
+}
+
+impl ServerConfig {
+    /// The first of the model's names.
+    pub fn model_name(&self) -> &str {
+        self.served_model_names.first().map_or("", String::as_str)
     }
 }

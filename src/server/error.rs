@@ -5,6 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::ask::base_name;
 use crate::engine::EngineError;
 use crate::engine::stop::StopError;
 use crate::model::text::TextError;
@@ -76,6 +77,7 @@ impl ApiError {
     }
 
     pub fn model_not_found(model: &str, served: &str) -> ApiError {
+        let served = base_name(served);
         ApiError {
             status: StatusCode::NOT_FOUND,
             ..ApiError::field(

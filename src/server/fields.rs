@@ -160,7 +160,7 @@ impl Fields {
 }
 
 /// A whole number, also where a client writes it as 3.0.
-fn whole(value: &Value) -> Option<u64> {
+pub fn whole(value: &Value) -> Option<u64> {
     let from_float = |number: f64| {
         (number.fract() == 0.0 && (0.0..9e15).contains(&number)).then_some(number as u64)
     };

@@ -1,16 +1,19 @@
 //! What a server says of itself and of text: models, tokens, health, load, figures.
 
+use std::collections::HashSet;
+
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::ask::{check_model, token_id};
+use super::ask::{base_name, check_model, token_id};
 use super::chat::chat_prompt;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::state::{Phase, Server, Shared, unix_time};
+use crate::model::text::ChatTemplate;
 
 /// Candidates of the models that are listed beside the plain one.
 const LISTED_BEST_OF: usize = 16;
@@ -28,11 +31,15 @@ fn model(state: &Server, id: &str) -> Value {
 
 /// `GET /v1/models`: the model, and what it can be called to get more of it.
 pub async fn models(State(state): State<Shared>) -> Json<Value> {
-    let served = &state.config.served_model_name;
+    let mut ids = state.config.served_model_names.clone();
+    let base = base_name(state.config.model_name());
     let best_of = LISTED_BEST_OF.min(state.config.max_candidates);
-    let mut ids = vec![served.clone(), format!("{served}:best-of-{best_of}")];
+    ids.push(base.to_string());
+    ids.push(format!("{base}:best-of-{best_of}"));
     let names = state.rankers.names().into_iter();
-    ids.extend(names.map(|ranker| format!("{served}:best-of-{best_of}:{ranker}")));
+    ids.extend(names.map(|ranker| format!("{base}:best-of-{best_of}:{ranker}")));
+    let mut seen = HashSet::new();
+    ids.retain(|id| seen.insert(id.clone()));
     let data: Vec<Value> = ids.iter().map(|id| model(&state, id)).collect();
     Json(json!({"object": "list", "data": data}))
 }
@@ -98,22 +105,22 @@ pub async fn detokenize(
     ))
 }
 
-/// `GET /tokenizer_info`
+/// `GET /tokenizer_info`: the special tokens by their names (`eos_token`), and the chat template,
+/// which clients that tokenize here render by themselves.
 pub async fn tokenizer_info(State(state): State<Shared>) -> Json<Value> {
     let tokenizer = &state.tokenizer;
-    let special: serde_json::Map<String, Value> = tokenizer
-        .special_token_texts()
-        .iter()
-        .map(|(name, text)| (name.clone(), json!(text)))
-        .collect();
-    Json(json!({
+    let special = tokenizer.special_token_texts();
+    let mut info = json!({
         "vocab_size": tokenizer.vocab_size(),
         "bos_token_id": tokenizer.bos_token_id(),
         "eos_token_ids": tokenizer.eos_token_ids(),
-        "special_tokens": special,
-        "has_chat_template": state.template.is_ok(),
+        "chat_template": state.template.as_ref().ok().map(ChatTemplate::source),
         "max_model_len": state.model.context,
-    }))
+    });
+    for (name, text) in special {
+        info[name] = json!(text);
+    }
+    Json(info)
 }
 
 /// `GET /health`: 200 where requests are taken.

@@ -1,7 +1,9 @@
 //! Figures for Prometheus, under vLLM's names where they mean the same.
 
+use std::collections::HashMap;
+
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     TextEncoder,
 };
 
@@ -28,15 +30,18 @@ pub struct Metrics {
     pages_free: IntGauge,
     pages_used: IntGauge,
     pages_cached: IntGauge,
+    cache_usage: Gauge,
     preemptions: IntCounter,
     computed_tokens: IntCounter,
     pub prompt_tokens: IntCounter,
+    pub looked_up_tokens: IntCounter,
     pub cached_tokens: IntCounter,
     pub generation_tokens: IntCounter,
     /// By `finished_reason`: stop, length, abort, error.
     pub finished: IntCounterVec,
     pub time_to_first_token: Histogram,
     pub time_per_output_token: Histogram,
+    pub inter_token_latency: Histogram,
     pub request_latency: Histogram,
     pub queue_time: Histogram,
     pub candidates: Histogram,
@@ -49,8 +54,15 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    pub fn new() -> Result<Metrics, prometheus::Error> {
-        let registry = Registry::new();
+    /// Every figure is labelled with the model's name.
+    pub fn new(model_name: &str) -> Result<Metrics, prometheus::Error> {
+        let labels = HashMap::from([("model_name".to_string(), model_name.to_string())]);
+        let registry = Registry::new_custom(None, Some(labels))?;
+        let cache_usage = Gauge::new(
+            "vllm:kv_cache_usage_perc",
+            "Share of the KV cache's pages that requests hold, from 0 to 1.",
+        )?;
+        registry.register(Box::new(cache_usage.clone()))?;
         let gauge = |name: &str, help: &str| -> Result<IntGauge, prometheus::Error> {
             let gauge = IntGauge::new(name, help)?;
             registry.register(Box::new(gauge.clone()))?;
@@ -98,6 +110,11 @@ impl Metrics {
                 "Rows that went through the model.",
             )?,
             prompt_tokens: counter("vllm:prompt_tokens_total", "Tokens of prompts.")?,
+            cache_usage,
+            looked_up_tokens: counter(
+                "vllm:prefix_cache_queries_total",
+                "Tokens of prompts that were looked for in the cache.",
+            )?,
             cached_tokens: counter(
                 "vllm:prefix_cache_hits_total",
                 "Tokens of prompts that were in the cache.",
@@ -117,8 +134,13 @@ impl Metrics {
                 SECONDS,
             )?,
             time_per_output_token: histogram(
-                "vllm:time_per_output_token_seconds",
-                "Decoding time of a candidate over its tokens.",
+                "vllm:request_time_per_output_token_seconds",
+                "Decoding time of a prompt's longest candidate over its tokens.",
+                SECONDS,
+            )?,
+            inter_token_latency: histogram(
+                "vllm:inter_token_latency_seconds",
+                "Between two tokens of a prompt's candidates.",
                 SECONDS,
             )?,
             request_latency: histogram(
@@ -173,6 +195,8 @@ impl Metrics {
         self.pages_free.set(clamp(load.pages - load.used_pages));
         self.pages_used.set(clamp(load.used_pages));
         self.pages_cached.set(clamp(load.cached_pages));
+        let held = load.used_pages.saturating_sub(load.cached_pages);
+        self.cache_usage.set(held as f64 / load.pages.max(1) as f64);
         // The engine counts these itself; two readers at once must not count a rise twice.
         static READING: std::sync::Mutex<()> = std::sync::Mutex::new(());
         let _one = READING.lock();

@@ -1,9 +1,12 @@
 //! `GET /openapi.json`: the routes, for tools that read such a thing.
 
 use axum::Json;
+use axum::extract::State;
 use serde_json::{Map, Value, json};
 
 use super::Answer;
+use super::guard::OPEN;
+use super::state::Shared;
 
 /// Method, path, what it does, and the schema of its body.
 const ROUTES: &[(&str, &str, &str, Option<&str>)] = &[
@@ -82,11 +85,12 @@ const ROUTES: &[(&str, &str, &str, Option<&str>)] = &[
 ];
 
 /// `GET /openapi.json`
-pub async fn openapi() -> Answer {
-    Json(document())
+pub async fn openapi(State(state): State<Shared>) -> Answer {
+    Json(document(!state.config.api_keys.is_empty()))
 }
 
-fn document() -> Value {
+/// `keys`: whether the server asks for one.
+fn document(keys: bool) -> Value {
     let mut paths = Map::new();
     for &(method, path, summary, schema) in ROUTES {
         let names = path
@@ -110,6 +114,9 @@ fn document() -> Value {
                 },
             },
         });
+        if OPEN.contains(&path) {
+            operation["security"] = json!([]);
+        }
         if let Some(schema) = schema {
             let kind = if schema == "File" {
                 "application/octet-stream"
@@ -135,7 +142,7 @@ fn document() -> Value {
             "schemas": schemas(),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        "security": [{"key": []}],
+        "security": if keys { json!([{"key": []}]) } else { json!([]) },
     })
 }
 
@@ -145,8 +152,8 @@ fn schemas() -> Value {
     let number =
         |least: f64, most: f64| json!({"type": "number", "minimum": least, "maximum": most});
     let (text, flag) = (json!({"type": "string"}), json!({"type": "boolean"}));
-    let texts = json!({"oneOf": [text, {"type": "array", "items": text}]});
-    let tokens = json!({"type": "array", "items": integer(0)});
+    let texts = json!({"oneOf": [text, {"type": "array", "items": text, "minItems": 1}]});
+    let tokens = json!({"type": "array", "items": integer(0), "minItems": 1});
     let common = json!({
         "model": text, "n": integer(1), "best_of": integer(1), "seed": {"type": "integer"},
         "max_tokens": integer(0), "max_completion_tokens": integer(0),
@@ -154,7 +161,8 @@ fn schemas() -> Value {
         "top_k": integer(-1), "repetition_penalty": number(0.0, 100.0),
         "presence_penalty": number(-2.0, 2.0), "frequency_penalty": number(-2.0, 2.0),
         "logit_bias": {"type": "object", "additionalProperties": number(-100.0, 100.0)},
-        "stop": texts, "stop_token_ids": tokens, "ignore_eos": flag,
+        "stop": texts, "stop_token_ids": tokens, "ignore_eos": flag, "min_tokens": integer(0),
+        "truncate_prompt_tokens": integer(1),
         "stream": flag, "stream_options": object(&[], json!({"include_usage": flag})),
         "stream_candidates": flag, "ranker": text, "return_all": flag, "return_scores": flag,
         "select": {"enum": ["ranker", "first", "greedy", "majority", "logprob", "self-certainty"]},
@@ -168,7 +176,10 @@ fn schemas() -> Value {
     };
     let message = json!({
         "type": "object", "required": ["role"],
-        "properties": {"role": text, "content": {}},
+        "properties": {
+            "role": {"type": "string", "minLength": 1},
+            "content": {"oneOf": [text, {"type": "array"}, {"type": "null"}]},
+        },
     });
     let messages = json!({"type": "array", "items": message, "minItems": 1});
     json!({
@@ -176,6 +187,7 @@ fn schemas() -> Value {
             "messages": messages, "logprobs": flag, "top_logprobs": integer(0),
             "tools": {"type": "array"}, "tool_choice": {"enum": ["none", "auto"]},
             "chat_template_kwargs": {"type": "object"}, "documents": {"type": "array"},
+            "add_generation_prompt": flag, "continue_final_message": flag,
         })),
         "Completion": with(&["prompt"], json!({
             "prompt": {"oneOf": [texts, tokens, {"type": "array", "items": tokens}]},

@@ -5,7 +5,7 @@ use axum::extract::State;
 use serde_json::{Value, json};
 
 use super::answer::Usage;
-use super::ask::random_id;
+use super::ask::{base_name, random_id};
 use super::chat::chat_prompt;
 use super::completions::of_text;
 use super::error::ApiError;
@@ -37,7 +37,7 @@ pub async fn rerank(State(state): State<Shared>, fields: Fields) -> Result<Json<
     });
     Ok(Json(json!({
         "id": random_id("rerank"),
-        "model": state.config.served_model_name,
+        "model": state.config.model_name(),
         "ranker": ranker,
         "results": results.collect::<Vec<_>>(),
         "usage": usage.json(),
@@ -58,7 +58,7 @@ pub async fn score_route(
     Ok(Json(json!({
         "id": random_id("score"),
         "object": "list",
-        "model": state.config.served_model_name,
+        "model": state.config.model_name(),
         "ranker": ranker,
         "data": data.collect::<Vec<_>>(),
         "usage": usage.json(),
@@ -147,7 +147,8 @@ async fn scores(
 fn ranker(state: &Shared, fields: &Fields) -> Result<(String, std::sync::Arc<Ranker>), ApiError> {
     let config = &state.config;
     let as_model = fields.string("model")?.and_then(|model| {
-        let after = model.strip_prefix(&config.served_model_name)?;
+        let mut served = config.served_model_names.iter();
+        let after = served.find_map(|served| model.strip_prefix(base_name(served)))?;
         after.rsplit_once(':').map(|(_, ranker)| ranker)
     });
     let only = || match &state.rankers.names()[..] {

@@ -22,6 +22,7 @@ use super::state::{Place, Shared, unix_time};
 use super::worker::{Answers, Progress};
 use crate::engine::stop::FinishReason;
 use crate::engine::{Candidate, Completion, EngineError, Generated, Scored};
+use crate::model::text::Tokenizer;
 
 /// Events that wait for a slow client before its candidates' progress waits too.
 const STREAM_BUFFER: usize = 64;
@@ -35,6 +36,17 @@ pub struct PromptInput {
     /// What `echo` gives back.
     pub text: String,
     pub token_ids: Vec<u32>,
+}
+
+impl PromptInput {
+    /// Drops all but the last tokens.
+    fn keep_last(&mut self, most: usize, tokenizer: &Tokenizer) {
+        let dropped = self.token_ids.len().saturating_sub(most);
+        if dropped > 0 {
+            self.token_ids.drain(..dropped);
+            self.text = tokenizer.decode(&self.token_ids, false);
+        }
+    }
 }
 
 /// What all choices of an answer have in common.
@@ -57,7 +69,10 @@ pub async fn respond(
     let place = state.admit(prompts.len())?;
     let progress = ask.stream && (ask.is_plain() || ask.stream_candidates);
     let mut waiting = Vec::with_capacity(prompts.len());
-    for prompt in prompts {
+    for mut prompt in prompts {
+        if let Some(most) = ask.truncate_prompt {
+            prompt.keep_last(most, &state.tokenizer);
+        }
         let request = ask.for_prompt(prompt.token_ids.clone());
         waiting.push((prompt, state.engine.write(request, progress)));
     }
@@ -147,6 +162,7 @@ fn written(completion: Completion, ask: &Ask) -> Generated {
             candidate.token_ids.clear();
             candidate.token_logprobs.clear();
             candidate.top_logprobs.clear();
+            candidate.end_token = None;
             candidate.finish_reason = Some(FinishReason::Length);
         }
     }
@@ -243,7 +259,7 @@ impl Frame {
             true => scored_prompt(&prompt.token_ids, &generated.prompt_logprobs),
             false => Vec::new(),
         };
-        tokens.extend(scored_tokens(candidate));
+        tokens.extend(scored_tokens(self.ask.form, candidate));
         let tokenizer = &self.state.tokenizer;
         logprobs_json(self.ask.form, tokenizer, &tokens, alternatives, &mut 0)
     }
@@ -449,7 +465,7 @@ impl Follower {
         let frame = self.frame.clone();
         let ask = &frame.ask;
         let own = |candidate: usize| ask.is_plain() && candidate < ask.n;
-        let (prompt_index, watch) = (self.prompt_index, ask.stream_candidates);
+        let watch = ask.stream_candidates;
         match progress {
             Progress::Token {
                 candidate,
@@ -477,18 +493,12 @@ impl Follower {
             }
             Progress::Finished { candidate, reason } if watch => {
                 self.flush_watched().await?;
-                let finished = json!({
-                    "object": "podium.finished", "prompt_index": prompt_index,
-                    "candidate": candidate, "finish_reason": reason,
-                });
-                send_named(&self.out, Some("podium.finished"), finished).await?;
+                let finished = json!({"candidate": candidate, "finish_reason": reason});
+                self.tell("podium.finished", finished).await?;
             }
             Progress::Prefill { done, total } if watch => {
-                let prefill = json!({
-                    "object": "podium.prefill", "prompt_index": prompt_index,
-                    "done": done, "total": total,
-                });
-                send_named(&self.out, Some("podium.prefill"), prefill).await?;
+                let prefill = json!({"done": done, "total": total});
+                self.tell("podium.prefill", prefill).await?;
             }
             Progress::Step if watch => self.flush_watched().await?,
             _ => {}
@@ -504,10 +514,20 @@ impl Follower {
         let pieces: Vec<Value> = pieces
             .map(|(candidate, text)| json!({"candidate": candidate, "text": text}))
             .collect();
-        let event = json!({
-            "object": "podium.candidates", "prompt_index": self.prompt_index, "pieces": pieces,
-        });
-        send_named(&self.out, Some("podium.candidates"), event).await
+        self.tell("podium.candidates", json!({"pieces": pieces}))
+            .await
+    }
+
+    /// Sends an event beside the answer: a chunk without choices, which clients that know nothing of
+    /// it skip.
+    async fn tell(&self, name: &str, fields: Value) -> Result<(), Gone> {
+        let mut event = self.frame.chunk(Vec::new());
+        event.insert("object".to_string(), json!(name));
+        event.insert("prompt_index".to_string(), json!(self.prompt_index));
+        if let Value::Object(fields) = fields {
+            event.extend(fields);
+        }
+        send_named(&self.out, Some(name), Value::Object(event)).await
     }
 
     /// Log-probabilities of the tokens that a piece of text makes certain: a stop string may still
@@ -549,8 +569,8 @@ impl Follower {
                 // Tokens without text of their own, such as the last of a broken character.
                 if let Some(alternatives) = ask.logprobs {
                     let unsent = &mut self.unsent[choice];
-                    let rest = scored_tokens(candidate)
-                        .split_off(unsent.sent_tokens.min(candidate.token_ids.len()));
+                    let mut rest = scored_tokens(ask.form, candidate);
+                    rest.drain(..unsent.sent_tokens.min(candidate.token_ids.len()));
                     if !rest.is_empty() {
                         let offset = &mut unsent.offset;
                         let logprobs =

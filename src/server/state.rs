@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
+use super::ask::check_model;
 use super::config::ServerConfig;
 use super::error::ApiError;
 use super::metrics::Metrics;
@@ -72,6 +73,19 @@ impl Drop for Place {
 impl Server {
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
+    }
+
+    /// Whether the model's names ask for what there is.
+    ///
+    /// # Errors
+    /// What is wrong with one of them.
+    pub fn check_names(&self) -> Result<(), String> {
+        for name in &self.config.served_model_names {
+            check_model(self, name).map_err(|_| {
+                format!("`{name}` asks for a ranker or a number of candidates that there is not")
+            })?;
+        }
+        Ok(())
     }
 
     /// Takes places for a request's prompts, to be given back when it has its answer.

@@ -144,6 +144,8 @@ struct Client {
     /// When the prompt was begun, and when its candidates had their first token.
     begun: Option<Instant>,
     first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    prompt_tokens: u64,
 }
 
 struct Worker<B: Backend> {
@@ -189,24 +191,21 @@ impl<B: Backend> Worker<B> {
         if client.is_closed() {
             return;
         }
+        let prompt_tokens = match &work {
+            Work::Write(request) => request.prompt_token_ids.len(),
+            Work::Score(request) => request.prompt_token_ids.len(),
+        } as u64;
         let submitted = match work {
             Work::Write(request) => {
-                let tokens = request.prompt_token_ids.len() as u64;
                 let candidates = request.n as f64;
-                self.engine.submit(*request).inspect(|_| {
-                    self.metrics.prompt_tokens.inc_by(tokens);
-                    self.metrics.candidates.observe(candidates);
-                })
+                let submitted = self.engine.submit(*request);
+                submitted.inspect(|_| self.metrics.candidates.observe(candidates))
             }
-            Work::Score(request) => {
-                let tokens = request.prompt_token_ids.len() as u64;
-                self.engine
-                    .submit_score(request)
-                    .inspect(|_| self.metrics.prompt_tokens.inc_by(tokens))
-            }
+            Work::Score(request) => self.engine.submit_score(request),
         };
         match submitted {
             Ok(group) => {
+                self.metrics.prompt_tokens.inc_by(prompt_tokens);
                 let _ = client.send(Progress::Accepted);
                 let client = Client {
                     answers: client,
@@ -214,6 +213,8 @@ impl<B: Backend> Worker<B> {
                     arrived,
                     begun: None,
                     first_token: None,
+                    last_token: None,
+                    prompt_tokens,
                 };
                 self.clients.insert(group, client);
             }
@@ -271,6 +272,12 @@ impl Client {
                 Progress::Prefill { done, total }
             }
             Event::Step { .. } => {
+                let now = Instant::now();
+                if let Some(last) = self.last_token.replace(now) {
+                    metrics
+                        .inter_token_latency
+                        .observe((now - last).as_secs_f64());
+                }
                 if self.first_token.is_none() {
                     self.first_token = Some(Instant::now());
                     let waited = self.arrived.elapsed().as_secs_f64();
@@ -320,6 +327,7 @@ impl Client {
         } = &**generated;
         let tokens: usize = candidates.iter().map(|c| c.token_ids.len()).sum();
         metrics.generation_tokens.inc_by(tokens as u64);
+        metrics.looked_up_tokens.inc_by(self.prompt_tokens);
         metrics.cached_tokens.inc_by(generated.cached_tokens as u64);
         let longest = candidates.iter().map(|c| c.token_ids.len()).max();
         if let Some(longest @ 2..) = longest {

@@ -9,4 +9,6 @@ mod operations;
 mod refusals;
 mod routes;
 mod running;
+mod soak;
 mod streams;
+mod vllm_fields;

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::chat_model::ChatModel;
-use crate::running::{PATIENCE, Running, parse_events, rest, user, with};
+use crate::routes::{podium, same};
+use crate::running::{PATIENCE, Running, outcome, parse_events, rest, user, with};
 
 /// A model with room for answers that take long.
 fn long_model() -> ChatModel {
@@ -80,20 +81,15 @@ fn clients_that_vanish_leave_no_page_held() {
 #[test]
 fn a_request_in_a_crowd_is_the_request_alone() {
     let model = ChatModel::new(1);
-    let option = format!("mine={}", model.ranker("mine", &[]).display());
+    let ranker = model.ranker("mine", &[]);
+    let option = format!("mine={}", ranker.display());
     // So little memory that they wait for each other, and lose it.
     let server = Running::start(model.path(), &["--ranker", &option, "--kv-memory", "1"]);
+    let prompt = |index: usize| "x ".repeat(1 + index % 7);
+    let (best_of, max_tokens) = (|index| 1 + index % 5, |index| 5 + 9 * (index % 11));
     let request = |index: usize| {
-        json!({"messages": user(&"x ".repeat(1 + index % 7)), "best_of": 1 + index % 5,
-            "max_tokens": 5 + 9 * (index % 11), "seed": index, "ranker": "mine", "return_all": true})
-    };
-    let outcome = |answer: &Value| {
-        let result = &answer["podium"]["results"][0];
-        (
-            answer["choices"].clone(),
-            result["candidates"].clone(),
-            result["selected"].clone(),
-        )
+        json!({"messages": user(&prompt(index)), "best_of": best_of(index),
+            "max_tokens": max_tokens(index), "seed": index, "ranker": "mine", "return_all": true})
     };
     let post = |index| outcome(&server.answer("/v1/chat/completions", request(index)));
     let alone: Vec<_> = (0..24).map(post).collect();
@@ -106,6 +102,39 @@ fn a_request_in_a_crowd_is_the_request_alone() {
         }
     });
     server.wait_until_idle();
+
+    for (index, alone) in alone.iter().enumerate().step_by(3) {
+        let number = |number: usize| number.to_string();
+        let generated = podium(
+            &model,
+            &[
+                "generate",
+                &prompt(index),
+                "--n",
+                &number(best_of(index)),
+                "--max-tokens",
+                &number(max_tokens(index)),
+                "--seed",
+                &number(index),
+                "--ranker",
+                ranker.to_str().unwrap(),
+                "--json",
+            ],
+        );
+        let candidates = alone[1].as_array().unwrap();
+        let expected = generated["candidates"].as_array().unwrap();
+        assert_eq!(candidates.len(), expected.len());
+        for (ours, theirs) in candidates.iter().zip(expected) {
+            for field in ["text", "token_ids", "finish_reason", "score"] {
+                let (ours, theirs) = (&ours[field], &theirs[field]);
+                assert!(
+                    same(ours, theirs),
+                    "request {index}, {field}: {ours} {theirs}"
+                );
+            }
+        }
+        assert_eq!(alone[2], generated["selected"]);
+    }
 }
 
 #[test]
@@ -240,7 +269,7 @@ fn options_come_from_a_file_and_the_environment_too() {
     let file = model.path().join("serve.toml");
     std::fs::write(
         &file,
-        "best-of = 3\nserved-model-name = \"file\"\nmax-candidates = 8\n",
+        "best-of = 3\nserved-model-name = [\"file\", \"other\"]\ncors-origin = \"https://a.example\"\nmax-candidates = 8\n",
     )
     .unwrap();
     let option = file.to_str().unwrap().to_string();

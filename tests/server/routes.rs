@@ -9,7 +9,8 @@ use crate::chat_model::{CONTEXT, ChatModel, VOCAB_SIZE};
 use crate::running::{Running, user, with};
 use crate::smollm2;
 
-fn podium(model: &ChatModel, arguments: &[&str]) -> Value {
+/// What a command prints about a model.
+pub fn podium(model: &ChatModel, arguments: &[&str]) -> Value {
     let output = Command::new(env!("CARGO_BIN_EXE_podium"))
         .args(arguments)
         .arg("--model")
@@ -25,7 +26,7 @@ fn podium(model: &ChatModel, arguments: &[&str]) -> Value {
 }
 
 /// Equal, numbers as the float32 that they were.
-fn same(ours: &Value, theirs: &Value) -> bool {
+pub fn same(ours: &Value, theirs: &Value) -> bool {
     match (ours.as_f64(), theirs.as_f64()) {
         (Some(ours), Some(theirs)) => ours as f32 == theirs as f32,
         _ => ours == theirs,
@@ -227,6 +228,39 @@ fn the_models_name_and_the_servers_defaults_ask_for_more_candidates() {
     }
 }
 
+/// Gateways take the first name for the only one.
+#[test]
+fn a_served_name_may_ask_for_more_candidates_itself() {
+    let model = ChatModel::new(1);
+    let option = format!("mine={}", model.ranker("mine", &[]).display());
+    let name = "small:best-of-4:mine";
+    let options = ["--ranker", &option, "--served-model-name", name];
+    let server = Running::start(
+        model.path(),
+        &[&options[..], &["--served-model-name", "other"]].concat(),
+    );
+    let asked = |more: Value| {
+        let ask = json!({"messages": user("Hi"), "max_tokens": 3});
+        let answer = server.answer("/v1/chat/completions", with(&ask, more));
+        (answer["model"].clone(), answer["podium"]["best_of"].clone())
+    };
+    assert_eq!(asked(json!({})), (json!(name), json!(4)));
+    assert_eq!(asked(json!({"model": name})), (json!(name), json!(4)));
+    for (model, best_of) in [("small", 1), ("other", 1), ("other:best-of-3", 3)] {
+        let expected = (json!(model), json!(best_of));
+        assert_eq!(asked(json!({"model": model})), expected);
+    }
+    let (_, models) = server.get("/v1/models");
+    assert_eq!(models["data"][0]["id"], name);
+    let output = Command::new(env!("CARGO_BIN_EXE_podium"))
+        .args(["serve", "--port", "0", "--model"])
+        .arg(model.path())
+        .args(["--served-model-name", "small:best-of-4:nobody"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+}
+
 #[test]
 fn prompts_come_as_texts_and_as_tokens() {
     let model = ChatModel::new(1);
@@ -270,7 +304,13 @@ fn prompts_come_as_texts_and_as_tokens() {
 
     let (_, info) = server.get("/tokenizer_info");
     assert_eq!(info["eos_token_ids"], json!([1, 2]));
-    assert_eq!(info["has_chat_template"], true);
+    assert_eq!(info["eos_token"], "<|end_of_text|>");
+    assert!(
+        info["chat_template"]
+            .as_str()
+            .unwrap()
+            .contains("<assistant>")
+    );
 }
 
 #[test]

@@ -130,14 +130,21 @@ impl Running {
         stream
     }
 
-    /// A figure of `/metrics`.
-    pub fn metric(&self, name: &str) -> f64 {
+    /// A figure of `/metrics`, by its name and, where it has several, a label: `name{label="value"}`.
+    pub fn metric(&self, figure: &str) -> f64 {
         let (status, text) = self.get_text("/metrics");
         assert_eq!(status, 200);
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("no {name} in:\n{text}"))
+        let (name, label) = figure.split_once('{').unwrap_or((figure, "}"));
+        let label = label.trim_end_matches('}');
+        let number = text.lines().find_map(|line| {
+            let (labels, number) = line
+                .strip_prefix(name)?
+                .strip_prefix('{')?
+                .split_once("} ")?;
+            labels.contains(label).then_some(number)
+        });
+        number
+            .unwrap_or_else(|| panic!("no {figure} in:\n{text}"))
             .parse()
             .unwrap()
     }
@@ -210,6 +217,12 @@ pub fn parse_events(text: &str) -> Vec<(String, Value)> {
         events.push((name, value));
     }
     events
+}
+
+/// Of an answer, what does not differ from one time to the next.
+pub fn outcome(answer: &Value) -> Value {
+    let result = &answer["podium"]["results"][0];
+    json!([answer["choices"], result["candidates"], result["selected"]])
 }
 
 /// A chat of one message.

@@ -2,13 +2,17 @@
 
 use safetensors::{Dtype, SafeTensors};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+/// The repository, where cargo says, or whoever runs the tests without it.
+fn root() -> PathBuf {
+    let root = std::env::var_os("CARGO_MANIFEST_DIR");
+    root.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
 
 /// The folder of a model and its golden.
 pub fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden/models")
-        .join(name)
+    root().join("tests/golden/models").join(name)
 }
 
 pub struct Golden {

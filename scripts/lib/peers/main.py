@@ -11,15 +11,14 @@ for, so a long measurement can be had in pieces.
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import engines
 import models
+from page import processor, replace, write_docs
 
 # Model, class of weights, forms.
 CLASSES = [
@@ -90,16 +89,6 @@ class Results:
 
     def save(self) -> None:
         replace(self.path, json.dumps(self.all, indent=1))
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as partial:
-        partial.write(text)
-        partial.flush()
-        os.fsync(partial.fileno())
-    os.chmod(partial.name, 0o644)
-    os.replace(partial.name, path)
 
 
 def peers_of(options: argparse.Namespace, model: str, forms: list) -> dict:
@@ -327,24 +316,13 @@ def plot(path: Path, measured: list) -> None:
     plt.close(figure)
 
 
-def processor() -> str:
-    """The processor as the kernel names it, and what it has of what matters here."""
-    text = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"model name\s*:\s*(.*)", text)
-    family = re.search(r"cpu family\s*:\s*(.*)\nmodel\s*:\s*(.*)", text)
-    flags = set((re.search(r"flags\s*:\s*(.*)", text) or [None, ""])[1].split())
-    known = [flag for flag in ["avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"] if flag in flags]
-    numbers = f", family {family[1]} model {family[2]}" if family else ""
-    return f"{name[1] if name else 'unknown processor'}{numbers} ({', '.join(known)})"
-
-
 SECTIONS = {
     "avx2": "### AVX2, FMA and F16C only, all engines",
     "native": "### All that the processor has",
 }
 
 
-def write_docs(docs: Path, results: Results) -> None:
+def write_tables(docs: Path, results: Results) -> None:
     """Puts the tables between the marks of docs/BENCHMARKS.md."""
     lines = []
     order = {(model, weights): place for place, (model, weights, _) in enumerate(CLASSES)}
@@ -363,11 +341,7 @@ def write_docs(docs: Path, results: Results) -> None:
         figure = docs / "figures" / f"peers-{isa}.svg"
         plot(figure, [one for one in measured if one["key"]["prompt"] == measured[0]["key"]["prompt"]])
         lines += ["", f"![tokens per second over N, Podium and its peers](figures/{figure.name})"]
-    page = docs / "BENCHMARKS.md"
-    begin, end = "<!-- scripts/peers: begin -->", "<!-- scripts/peers: end -->"
-    text = page.read_text() if page.exists() else f"# Benchmarks\n\n{begin}\n{end}\n"
-    head, rest = text.split(begin)
-    replace(page, head + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1])
+    write_docs(docs / "BENCHMARKS.md", "scripts/peers", lines[1:])
 
 
 def main() -> None:
@@ -390,7 +364,7 @@ def main() -> None:
             measure(options, results, key, forms, until)
         if model == "smollm2" and time.monotonic() < until:
             measure_starts(options, results, key | dict(weights=None, prompt=4))
-    write_docs(options.docs, results)
+    write_tables(options.docs, results)
     say(f"written: {options.docs / 'BENCHMARKS.md'}; every round: {options.results}")
 
 

@@ -22,7 +22,10 @@ pub mod team;
 mod tile;
 
 use super::sampling::{SampleRow, Sampled};
-use super::{Attention, Backend, BackendError, Batch, KvShape, Norm, PAGE_LEN, PageId};
+use super::{
+    Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PAGE_LEN, PageId,
+    PlannedRows,
+};
 use crate::model::config::{Activation, Rope};
 use crate::model::tensor::Tensor;
 use inputs::{Form, Inputs};
@@ -56,6 +59,8 @@ pub struct Plan {
     /// Angles for each distinct rope.
     angles: Vec<(Rope, Angles)>,
     attention: attention::Plan,
+    /// Rows whose logits are drawn from.
+    drawn_from: Vec<u32>,
 }
 
 impl Cpu {
@@ -222,7 +227,13 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn plan(&self, batch: &Batch, ropes: &[&Rope], kv: &mut KvCache) -> Result<Plan, BackendError> {
+    fn plan(
+        &self,
+        batch: &Batch,
+        draws: Option<&Draws>,
+        ropes: &[&Rope],
+        kv: &mut KvCache,
+    ) -> Result<Plan, BackendError> {
         let mut positions = Vec::with_capacity(batch.tokens.len());
         let mut places = Vec::with_capacity(batch.tokens.len());
         for group in &batch.groups {
@@ -261,7 +272,15 @@ impl Backend for Cpu {
             batch: batch.clone(),
             places,
             angles,
+            drawn_from: draws.map_or(Vec::new(), |draws| draws.rows.to_vec()),
         })
+    }
+
+    fn planned_rows(&self, plan: &Plan) -> PlannedRows {
+        PlannedRows {
+            rows: plan.batch.tokens.len(),
+            logits: plan.drawn_from.len(),
+        }
     }
 
     fn embed(&self, plan: &Plan, table: &Matrix, scale: f32, out: &mut Rows) {
@@ -389,13 +408,17 @@ impl Backend for Cpu {
     fn lm_head(
         &self,
         x: &Rows,
-        rows: &[u32],
+        rows: LogitRows<Plan>,
         norm: Norm<Vector>,
         weight: &Matrix,
         softcap: Option<f32>,
         out: &mut Rows,
     ) {
         let epilogue = softcap.map_or(Epilogue::Store, Epilogue::Softcap);
+        let rows = match rows {
+            LogitRows::Drawn(plan) => &plan.drawn_from,
+            LogitRows::These(rows) => rows,
+        };
         let inputs = (x, Some(rows), Some(&norm));
         self.product(inputs, weight, None, epilogue, out);
     }

@@ -1,6 +1,6 @@
 //! `kernels/attention.cu`
 
-use super::device::{Address, Buffer, Device, DeviceError, Launch};
+use super::device::{Address, Buffer, Device, DeviceError, Launch, Slice};
 use super::rope_append::{head_stride, layer_len};
 use crate::arguments;
 use crate::backend::KvShape;
@@ -8,13 +8,13 @@ use crate::backend::KvShape;
 const WARPS: usize = 4;
 
 /// What the rows of a batch attend to.
-pub struct Spans<'a> {
+pub struct Spans {
     pub rows: usize,
     /// Pages of prefixes and of the rows' own tokens.
-    pub pages: &'a Buffer<Address>,
+    pub pages: Slice<Address>,
     /// Four numbers a row: where in `pages` the prefix begins, and its tokens; the same of the own
     /// tokens, the row's the last of them.
-    pub spans: &'a Buffer<u32>,
+    pub spans: Slice<u32>,
 }
 
 /// The numbers of a layer's attention.
@@ -128,14 +128,16 @@ mod tests {
                 .map(|n| n as u32)
                 .collect();
 
+            let addresses = Buffer::from_slice(&device, &addresses, "pages").unwrap();
+            let spans = Buffer::from_slice(&device, &spans, "spans").unwrap();
             let out = Buffer::new(&device, self.own.len() * heads * head_dim, "out").unwrap();
             attention(
                 &*device,
                 &Buffer::from_slice(&device, &qkv, "qkv").unwrap(),
                 &Spans {
                     rows: self.own.len(),
-                    pages: &Buffer::from_slice(&device, &addresses, "pages").unwrap(),
-                    spans: &Buffer::from_slice(&device, &spans, "spans").unwrap(),
+                    pages: addresses.slice(),
+                    spans: spans.slice(),
                 },
                 self.scores,
                 self.shape,

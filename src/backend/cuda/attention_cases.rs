@@ -1,9 +1,10 @@
 //! Random batches for the tests of the attention kernels, and what float64 makes of them.
 
 use super::attention::Scores;
-use super::attention_plan::{AttentionPlan, Group, Inputs, Segment};
+use super::attention_plan::{Group, Inputs, Jobs, Parts, Segment};
 use super::device::{Address, Buffer, Device};
 use super::rope_append::{head_stride, layer_len};
+use super::step_memory::{Layout, Packer, StepMemory};
 use super::testing::{device, random, to_bf16};
 use crate::backend::random::philox4x32;
 use crate::backend::{KvShape, PAGE_LEN};
@@ -146,8 +147,8 @@ impl Case {
         }
     }
 
-    pub fn plan(&self) -> AttentionPlan {
-        AttentionPlan::new(&self.device, &self.groups, self.shape).unwrap()
+    pub fn jobs(&self) -> Jobs {
+        Jobs::new(&self.groups, self.shape)
     }
 
     /// Group, segment and own tokens (its own the last) of each row.
@@ -162,7 +163,8 @@ impl Case {
         rows
     }
 
-    pub fn run(&self, plan: &AttentionPlan) -> Vec<f32> {
+    /// Every list of jobs with some places that have nothing to do, as in a recorded step.
+    pub fn run(&self, jobs: Jobs) -> Vec<f32> {
         let rows = self.rows();
         let len = rows.len() * self.shape.heads * self.shape.head_dim;
         let positions: Vec<u32> = rows
@@ -170,16 +172,30 @@ impl Case {
             .map(|(group, _, own)| (group.prefix_len + own - 1) as u32)
             .collect();
         let addresses: Vec<Address> = self.pages.iter().map(|(_, page)| page.address()).collect();
-        let out = Buffer::new(&self.device, len, "out").unwrap();
+        // Rows beyond those of the batch, which must stay as they are.
+        let spare = 3 * self.shape.heads * self.shape.head_dim;
+        let out = vec![f32::NAN; len + spare];
+        let out = Buffer::from_slice(&self.device, &out, "out").unwrap();
+        let addresses = Buffer::from_slice(&self.device, &addresses, "pages").unwrap();
+        let positions = Buffer::from_slice(&self.device, &positions, "positions").unwrap();
+        let mut packer = Packer::default();
+        let (mut memory, layout) = (StepMemory::default(), Layout::default());
+        let queries = (jobs.parts(self.shape), self.shape.head_dim);
+        let packed = jobs.pack(&mut packer, |jobs| jobs + 3.min(jobs), 0);
+        let base = memory.send(&self.device, &layout, &packer).unwrap();
+        let (statistics, totals) = memory.parts(&self.device, &layout, queries).unwrap();
+        let plan = packed.at(base, Parts { statistics, totals });
         let inputs = Inputs {
             qkv: &Buffer::from_slice(&self.device, &self.qkv, "qkv").unwrap(),
-            pages: &Buffer::from_slice(&self.device, &addresses, "pages").unwrap(),
-            positions: &Buffer::from_slice(&self.device, &positions, "positions").unwrap(),
+            pages: addresses.slice(),
+            positions: positions.slice(),
             scores: self.scores,
             shape: self.shape,
             layer: LAYER,
         };
         plan.attend(&*self.device, &inputs, &out).unwrap();
+        let spare = out.read(len, spare).unwrap();
+        assert!(spare.iter().all(|x| x.is_nan()), "a row that is not there");
         out.read(0, len).unwrap()
     }
 

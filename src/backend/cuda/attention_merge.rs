@@ -1,14 +1,14 @@
 //! `kernels/attention_merge.cu`; its tests are those of [`attention_plan`](super::attention_plan).
 
 use super::attention_plan::Parts;
-use super::device::{Buffer, Device, DeviceError, Launch, Plain};
+use super::device::{Buffer, Device, DeviceError, Launch, Plain, Slice};
 use crate::arguments;
 use crate::backend::KvShape;
 
 const WARPS: usize = 4;
 
 /// `MergedRow` of the kernel, field for field.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct MergedRow {
     pub row: u32,
@@ -27,15 +27,15 @@ unsafe impl Plain for MergedRow {}
 /// Rows' attention from its parts: `out` [rows, heads · head_dim].
 pub fn attention_merge(
     device: &dyn Device,
-    rows: &Buffer<MergedRow>,
+    rows: Slice<MergedRow>,
     parts: &Parts,
     shape: KvShape,
     out: &Buffer<f32>,
 ) -> Result<(), DeviceError> {
     let mut arguments = arguments![
         rows,
-        &parts.statistics,
-        &parts.totals,
+        parts.statistics,
+        parts.totals,
         shape.heads as u32,
         shape.head_dim as u32,
         out,

@@ -15,10 +15,10 @@ use super::attention_merge::{MergedRow, attention_merge};
 use super::attention_prefill::{PrefillJob, attention_prefill};
 use super::attention_prefix::{PrefixJob, attention_prefix};
 use super::attention_suffix::{SuffixJob, attention_suffix};
-use super::device::{Address, Buffer, Device, DeviceError, Plain};
+use super::device::{Address, Buffer, Device, DeviceError, Slice};
 use super::rope_append::{head_stride, layer_len};
+use super::step_memory::{Packer, Section};
 use crate::backend::KvShape;
-use std::sync::Arc;
 
 /// Queries of a block (`kernels/attention_tile.cuh`).
 const BLOCK_QUERIES: usize = 64;
@@ -74,9 +74,9 @@ pub fn path(prefix_len: usize) -> Path {
 pub struct Inputs<'a> {
     pub qkv: &'a Buffer<f32>,
     /// Addresses of pages.
-    pub pages: &'a Buffer<Address>,
+    pub pages: Slice<Address>,
     /// Of each row.
-    pub positions: &'a Buffer<u32>,
+    pub positions: Slice<u32>,
     pub scores: Scores,
     pub shape: KvShape,
     pub layer: usize,
@@ -102,22 +102,59 @@ impl Inputs<'_> {
 
 /// Parts of queries' attention: what [`attention_prefix`] and [`attention_suffix`] leave for
 /// [`attention_merge`].
+#[derive(Clone, Copy, Debug)]
 pub struct Parts {
     /// Highest score and sum, two numbers a query.
-    pub statistics: Buffer<f32>,
-    pub totals: Buffer<f32>,
+    pub statistics: Slice<f32>,
+    pub totals: Slice<f32>,
 }
 
-/// The jobs of a batch's attention, the same in every layer.
+/// The jobs of a batch's attention on the device, the same in every layer. A list may have more
+/// places than jobs: what fills them has nothing to do.
+#[derive(Clone, Copy, Debug)]
 pub struct AttentionPlan {
-    rows: usize,
     /// For the plain form: four numbers a row.
-    spans: Option<Buffer<u32>>,
-    prefill: Option<Buffer<PrefillJob>>,
-    prefix: Option<Buffer<PrefixJob>>,
-    suffix: Option<Buffer<SuffixJob>>,
-    merged: Option<Buffer<MergedRow>>,
-    parts: Option<Parts>,
+    spans: Slice<u32>,
+    prefill: Slice<PrefillJob>,
+    prefix: Slice<PrefixJob>,
+    suffix: Slice<SuffixJob>,
+    merged: Slice<MergedRow>,
+    parts: Parts,
+}
+
+impl AttentionPlan {
+    /// One layer's attention: `out` [rows, heads · head_dim].
+    pub fn attend(
+        &self,
+        device: &dyn Device,
+        inputs: &Inputs,
+        out: &Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        if !self.spans.is_empty() {
+            let Inputs {
+                qkv, pages, scores, ..
+            } = *inputs;
+            let spans = Spans {
+                rows: self.spans.len() / 4,
+                pages,
+                spans: self.spans,
+            };
+            attention(device, qkv, &spans, scores, inputs.shape, inputs.layer, out)?;
+        }
+        if !self.prefill.is_empty() {
+            attention_prefill(device, inputs, self.prefill, out)?;
+        }
+        if !self.prefix.is_empty() {
+            attention_prefix(device, inputs, self.prefix, &self.parts)?;
+        }
+        if !self.suffix.is_empty() {
+            attention_suffix(device, inputs, self.suffix, &self.parts)?;
+        }
+        if !self.merged.is_empty() {
+            attention_merge(device, self.merged, &self.parts, inputs.shape, out)?;
+        }
+        Ok(())
+    }
 }
 
 /// Whether the kernels on tensor cores are built for these heads.
@@ -128,47 +165,66 @@ fn is_built_for(shape: KvShape) -> bool {
         && shape.head_dim.is_multiple_of(2)
 }
 
-impl AttentionPlan {
-    pub fn new(
-        device: &Arc<dyn Device>,
-        groups: &[Group],
-        shape: KvShape,
-    ) -> Result<AttentionPlan, DeviceError> {
+/// The jobs of a batch's attention, before they are sent.
+#[derive(Default)]
+pub struct Jobs {
+    /// Rows of the groups so far, and places for parts.
+    rows: usize,
+    slots: usize,
+    spans: Vec<u32>,
+    prefill: Vec<PrefillJob>,
+    prefix: Vec<PrefixJob>,
+    suffix: Vec<SuffixJob>,
+    merged: Vec<MergedRow>,
+}
+
+/// Where packed jobs lie.
+pub struct PackedJobs {
+    spans: Section<u32>,
+    prefill: Section<PrefillJob>,
+    prefix: Section<PrefixJob>,
+    suffix: Section<SuffixJob>,
+    merged: Section<MergedRow>,
+}
+
+impl PackedJobs {
+    pub fn at(&self, base: Address, parts: Parts) -> AttentionPlan {
+        AttentionPlan {
+            spans: self.spans.at(base),
+            prefill: self.prefill.at(base),
+            prefix: self.prefix.at(base),
+            suffix: self.suffix.at(base),
+            merged: self.merged.at(base),
+            parts,
+        }
+    }
+}
+
+impl Jobs {
+    pub fn new(groups: &[Group], shape: KvShape) -> Jobs {
         match is_built_for(shape) {
-            true => AttentionPlan::by(device, groups, shape, path),
-            false => AttentionPlan::plain(device, groups),
+            true => Jobs::by(groups, shape, path),
+            false => Jobs::plain(groups),
         }
     }
 
     /// Every row by the plain kernel.
-    pub fn plain(device: &Arc<dyn Device>, groups: &[Group]) -> Result<AttentionPlan, DeviceError> {
-        let mut spans = Vec::new();
+    fn plain(groups: &[Group]) -> Jobs {
+        let mut jobs = Jobs::default();
         for group in groups {
             for segment in &group.segments {
+                jobs.rows += segment.rows;
                 for own in segment.start..segment.start + segment.rows {
                     let span = [group.prefix_table, group.prefix_len, segment.table, own + 1];
-                    spans.extend(span.map(|n| n as u32));
+                    jobs.spans.extend(span.map(|n| n as u32));
                 }
             }
         }
-        Ok(AttentionPlan {
-            rows: spans.len() / 4,
-            spans: Some(Buffer::from_slice(device, &spans, "spans of rows")?),
-            prefill: None,
-            prefix: None,
-            suffix: None,
-            merged: None,
-            parts: None,
-        })
+        jobs
     }
 
     /// The other kernels, candidates' rows on the path that `path` says for their prefix.
-    fn by(
-        device: &Arc<dyn Device>,
-        groups: &[Group],
-        shape: KvShape,
-        path: impl Fn(usize) -> Path,
-    ) -> Result<AttentionPlan, DeviceError> {
+    fn by(groups: &[Group], shape: KvShape, path: impl Fn(usize) -> Path) -> Jobs {
         let mut jobs = Jobs::default();
         for group in groups {
             let rows: usize = group.segments.iter().map(|segment| segment.rows).sum();
@@ -178,87 +234,71 @@ impl AttentionPlan {
             }
             jobs.rows += rows;
         }
-        let parts = match jobs.slots {
-            0 => None,
-            slots => Some(Parts {
-                statistics: Buffer::new(device, slots * shape.heads * 2, "parts of attention")?,
-                totals: Buffer::new(
-                    device,
-                    slots * shape.heads * shape.head_dim,
-                    "parts of attention",
-                )?,
-            }),
-        };
-        Ok(AttentionPlan {
-            rows: jobs.rows,
-            spans: None,
-            prefill: upload(device, &jobs.prefill)?,
-            prefix: upload(device, &jobs.prefix)?,
-            suffix: upload(device, &jobs.suffix)?,
-            merged: upload(device, &jobs.merged)?,
-            parts,
-        })
+        jobs
     }
 
-    /// One layer's attention: `out` [rows, heads · head_dim].
-    pub fn attend(
-        &self,
-        device: &dyn Device,
-        inputs: &Inputs,
-        out: &Buffer<f32>,
-    ) -> Result<(), DeviceError> {
-        if let Some(spans) = &self.spans {
-            let Inputs {
-                qkv, pages, scores, ..
-            } = *inputs;
-            let spans = Spans {
-                rows: self.rows,
-                pages,
-                spans,
-            };
-            return attention(device, qkv, &spans, scores, inputs.shape, inputs.layer, out);
-        }
-        if let Some(jobs) = &self.prefill {
-            attention_prefill(device, inputs, jobs, out)?;
-        }
-        let Some(parts) = &self.parts else {
-            return Ok(());
-        };
-        if let Some(jobs) = &self.prefix {
-            attention_prefix(device, inputs, jobs, parts)?;
-        }
-        if let Some(jobs) = &self.suffix {
-            attention_suffix(device, inputs, jobs, parts)?;
-        }
-        if let Some(rows) = &self.merged {
-            attention_merge(device, rows, parts, inputs.shape, out)?;
-        }
-        Ok(())
+    pub fn is_plain(&self) -> bool {
+        !self.spans.is_empty()
     }
-}
 
-fn upload<T: Plain>(
-    device: &Arc<dyn Device>,
-    jobs: &[T],
-) -> Result<Option<Buffer<T>>, DeviceError> {
-    match jobs.is_empty() {
-        true => Ok(None),
-        false => Ok(Some(Buffer::from_slice(device, jobs, "jobs of attention")?)),
+    /// Jobs of [`attention_prefix`] and [`attention_suffix`].
+    pub fn counts(&self) -> (usize, usize) {
+        (self.prefix.len(), self.suffix.len())
     }
-}
 
-#[derive(Default)]
-struct Jobs {
-    /// Rows of the groups so far, and places for parts.
-    rows: usize,
-    slots: usize,
-    prefill: Vec<PrefillJob>,
-    prefix: Vec<PrefixJob>,
-    suffix: Vec<SuffixJob>,
-    merged: Vec<MergedRow>,
-}
+    /// Queries that leave a part each.
+    pub fn parts(&self, shape: KvShape) -> usize {
+        self.slots * shape.heads
+    }
 
-impl Jobs {
+    /// Packs the jobs, each list with as many places as `places` says for its length. The tables of
+    /// pages begin at index `first_table`; `packer` must not reach there.
+    pub fn pack(
+        mut self,
+        packer: &mut Packer,
+        places: impl Fn(usize) -> usize,
+        first_table: usize,
+    ) -> PackedJobs {
+        let by = first_table as u32;
+        for span in self.spans.chunks_exact_mut(4) {
+            (span[0], span[2]) = (span[0] + by, span[2] + by);
+        }
+        self.prefill.iter_mut().for_each(|job| job.table += by);
+        self.prefix.iter_mut().for_each(|job| job.table += by);
+        for job in &mut self.suffix {
+            (job.table, job.prefix_table) = (job.table + by, job.prefix_table + by);
+        }
+        PackedJobs {
+            spans: packer.push(&self.spans, 4 * places(self.spans.len() / 4), 0),
+            prefill: packer.push(&self.prefill, self.prefill.len(), PrefillJob::default()),
+            prefix: packer.push(
+                &self.prefix,
+                places(self.prefix.len()),
+                PrefixJob::default(),
+            ),
+            suffix: packer.push(
+                &self.suffix,
+                places(self.suffix.len()),
+                SuffixJob::default(),
+            ),
+            merged: packer.push(
+                &self.merged,
+                places(self.merged.len()),
+                MergedRow::default(),
+            ),
+        }
+    }
+
+    /// Bytes that [`Jobs::pack`] appends at most.
+    pub fn packed_bytes(&self, places: impl Fn(usize) -> usize) -> usize {
+        16 * places(self.spans.len() / 4)
+            + size_of::<PrefillJob>() * self.prefill.len()
+            + size_of::<PrefixJob>() * places(self.prefix.len())
+            + size_of::<SuffixJob>() * places(self.suffix.len())
+            + size_of::<MergedRow>() * places(self.merged.len())
+            + 5 * 16
+    }
+
     fn prefill(&mut self, group: &Group, shape: KvShape) {
         let mut first_row = self.rows;
         for segment in &group.segments {
@@ -363,7 +403,7 @@ mod tests {
     fn agrees_with_float64() {
         for seed in 0..24 {
             let case = random_case(seed);
-            case.in_f64().assert(&case.run(&case.plan()), seed);
+            case.in_f64().assert(&case.run(case.jobs()), seed);
         }
     }
 
@@ -373,10 +413,7 @@ mod tests {
         for seed in 0..8 {
             let case = random_case(seed);
             let bounds = case.in_f64().bounds;
-            let by = |path: Path| {
-                let plan = AttentionPlan::by(&case.device, &case.groups, case.shape, |_| path);
-                case.run(&plan.unwrap())
-            };
+            let by = |path: Path| case.run(Jobs::by(&case.groups, case.shape, |_| path));
             let whole = by(Path::Whole);
             for run in [64, 128, 512] {
                 let split = by(Path::Split { run });
@@ -392,7 +429,7 @@ mod tests {
     fn a_row_has_the_same_bits_in_any_batch() {
         for seed in 0..8 {
             let case = random_case(seed);
-            let together = case.run(&case.plan());
+            let together = case.run(case.jobs());
             let width = case.shape.heads * case.shape.head_dim;
             let mut row = 0;
             for group in &case.groups {
@@ -407,7 +444,7 @@ mod tests {
                             ..group.clone()
                         };
                         let one = case.only(row, alone);
-                        let got = one.run(&one.plan());
+                        let got = one.run(one.jobs());
                         let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                         assert_eq!(
                             bits(&got),
@@ -430,7 +467,7 @@ mod tests {
                     (heads, kv_heads, head_dim),
                     &[(prefix_len, vec![(0, 1)])],
                 );
-                case.in_f64().assert(&case.run(&case.plan()), prefix_len);
+                case.in_f64().assert(&case.run(case.jobs()), prefix_len);
             }
         }
     }

@@ -1,13 +1,13 @@
 //! `kernels/attention_prefill.cu`; its tests are those of [`attention_plan`](super::attention_plan).
 
 use super::attention_plan::Inputs;
-use super::device::{Buffer, Device, DeviceError, Launch, Plain};
+use super::device::{Buffer, Device, DeviceError, Launch, Plain, Slice};
 use crate::arguments;
 
 const THREADS: u32 = 128;
 
 /// `PrefillJob` of the kernel, field for field.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct PrefillJob {
     /// Rows of the sequence in this batch.
@@ -28,7 +28,7 @@ unsafe impl Plain for PrefillJob {}
 pub fn attention_prefill(
     device: &dyn Device,
     inputs: &Inputs,
-    jobs: &Buffer<PrefillJob>,
+    jobs: Slice<PrefillJob>,
     out: &Buffer<f32>,
 ) -> Result<(), DeviceError> {
     let (kernel, shared_bytes) = inputs.kernel("attention_prefill", usize::MAX);

@@ -1,13 +1,13 @@
 //! `kernels/attention_prefix.cu`; its tests are those of [`attention_plan`](super::attention_plan).
 
 use super::attention_plan::{Inputs, Parts};
-use super::device::{Buffer, Device, DeviceError, Launch, Plain};
+use super::device::{Device, DeviceError, Launch, Plain, Slice};
 use crate::arguments;
 
 const THREADS: u32 = 128;
 
 /// `PrefixJob` of the kernel, field for field.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct PrefixJob {
     /// Rows of the group.
@@ -31,7 +31,7 @@ unsafe impl Plain for PrefixJob {}
 pub fn attention_prefix(
     device: &dyn Device,
     inputs: &Inputs,
-    jobs: &Buffer<PrefixJob>,
+    jobs: Slice<PrefixJob>,
     parts: &Parts,
 ) -> Result<(), DeviceError> {
     let (kernel, shared_bytes) = inputs.kernel("attention_prefix", usize::MAX);
@@ -48,8 +48,8 @@ pub fn attention_prefix(
         shape.kv_heads as u32,
         shape.head_dim as u32,
         inputs.layer_offset(),
-        &parts.statistics,
-        &parts.totals,
+        parts.statistics,
+        parts.totals,
     ];
     let launch = Launch {
         grid: [jobs.len() as u32, shape.kv_heads as u32, 1],

@@ -1,7 +1,7 @@
 //! `kernels/attention_suffix.cu`; its tests are those of [`attention_plan`](super::attention_plan).
 
 use super::attention_plan::{Inputs, Parts};
-use super::device::{Buffer, Device, DeviceError, Launch, Plain};
+use super::device::{Device, DeviceError, Launch, Plain, Slice};
 use crate::arguments;
 
 const THREADS: u32 = 32;
@@ -11,7 +11,7 @@ const QUERIES: usize = 16;
 const MOST_KEYS: usize = 32;
 
 /// `SuffixJob` of the kernel, field for field.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct SuffixJob {
     pub row: u32,
@@ -34,7 +34,7 @@ unsafe impl Plain for SuffixJob {}
 pub fn attention_suffix(
     device: &dyn Device,
     inputs: &Inputs,
-    jobs: &Buffer<SuffixJob>,
+    jobs: Slice<SuffixJob>,
     parts: &Parts,
 ) -> Result<(), DeviceError> {
     let (kernel, shared_bytes) = inputs.kernel("attention_suffix", MOST_KEYS);
@@ -51,8 +51,8 @@ pub fn attention_suffix(
         shape.kv_heads as u32,
         shape.head_dim as u32,
         inputs.layer_offset(),
-        &parts.statistics,
-        &parts.totals,
+        parts.statistics,
+        parts.totals,
     ];
     let tiles = (shape.heads / shape.kv_heads).div_ceil(QUERIES);
     let launch = Launch {

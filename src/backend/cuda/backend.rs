@@ -3,20 +3,29 @@
 use super::attention::Scores;
 use super::attention_plan::Inputs;
 use super::copy_rows::copy_rows;
-use super::device::{Buffer, Device, DeviceError, Plain};
+use super::device::{Buffer, Device, DeviceError, Memory, Size, Slice};
 use super::embed::embed;
+use super::gather_rank::GatherRankError;
+use super::graphs::{GraphUse, Key};
 use super::kv_cache::KvCache;
-use super::matmul::{Epilogue, Operands, Shape, matmul, stride};
+use super::matmul::{Epilogue, Operands, Shape, matmul};
 use super::matrix::Matrix;
 use super::norm::{norm_add, norm_rows, round_rows};
-use super::plan::{AngleTables, Plan};
+use super::plan::{AngleTables, DrawPlan, Plan, Planner};
+use super::rank::OnDevice;
 use super::rope_append::{self, rope_append};
-use super::sample::sample;
+use super::sample::{self, sample};
+use super::step_memory::{Growing, Layout};
 use super::token_logprobs::token_logprobs;
+use super::weights::Form;
 use crate::backend::sampling::{SampleRow, Sampled};
-use crate::backend::{Attention, Backend, BackendError, Batch, KvShape, Norm, PageId};
+use crate::backend::{
+    Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PageId, PlannedRows,
+    Ranked, Ranking,
+};
 use crate::model::config::{Activation, Rope};
-use crate::model::tensor::Tensor;
+use crate::model::tensor::{Dtype, Tensor};
+use crate::ranker::RankerError;
 use half::bf16;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -26,17 +35,28 @@ const MAX_HEAD_DIM: usize = 512;
 /// A GPU, or its emulation.
 ///
 /// Weights and keys and values are bfloat16, and so are the inputs of a product, which is added up in
-/// float32; the residual stream and all else is float32. A row's numbers do not depend on what other
+/// float32; weights may be in eight bits instead ([`Form`](super::weights::Form)). The residual stream
+/// and all else is float32. A row's numbers do not depend on what other
 /// rows there are.
+///
+/// A decode step (every row a candidate's next token) is recorded, by the size of its batch rounded
+/// up, and from then on replayed; all other steps are launched operation by operation.
 pub struct Cuda {
     device: Arc<dyn Device>,
+    /// Weights that are not stored in blocks become e4m3.
+    fp8: bool,
     /// The first failure of a launch. Operations have no result, so it is told by the next call that
     /// has one.
     fault: Mutex<Option<DeviceError>>,
     angles: AngleTables,
     /// The left side of a product, and a result that is not yet the operation's.
-    inputs: Mutex<Scratch<bf16>>,
-    unfinished: Mutex<Scratch<f32>>,
+    inputs: Mutex<Growing<bf16>>,
+    unfinished: Mutex<Growing<f32>>,
+    /// Moves when any memory does that recordings point to.
+    rankers: Mutex<OnDevice>,
+    layout: Layout,
+    records: bool,
+    graph_use: GraphUse,
 }
 
 /// Float32 activations `[rows, width]`.
@@ -46,23 +66,24 @@ pub struct Rows {
     width: usize,
 }
 
-/// Memory that operations use while they run. It grows, and stays.
-struct Scratch<T>(Option<Buffer<T>>);
+impl Rows {
+    /// Overwrites the first rows: for benchmarks of single operations, since a forward pass only ever
+    /// fills them on the device.
+    pub fn write(&mut self, values: &[f32]) -> Result<(), DeviceError> {
+        self.buffer.write(0, values)
+    }
 
-impl<T: Plain> Scratch<T> {
-    fn at_least(
-        &mut self,
-        device: &Arc<dyn Device>,
-        len: usize,
-    ) -> Result<&Buffer<T>, DeviceError> {
-        if self.0.as_ref().is_none_or(|buffer| buffer.len() < len) {
-            self.0 = None;
-            self.0 = Some(Buffer::new(device, len, "intermediate results")?);
-        }
-        // Made above, where there was none.
-        Ok(self.0.as_ref().expect("scratch memory"))
+    pub(super) fn buffer(&self) -> &Buffer<f32> {
+        &self.buffer
+    }
+
+    pub(super) fn width(&self) -> usize {
+        self.width
     }
 }
+
+/// What the memory between two kernels of an operation is for.
+const SCRATCH: &str = "intermediate results";
 
 /// What a panicking operation left behind is overwritten by the next.
 fn lock<T>(memory: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -73,20 +94,49 @@ impl Cuda {
     pub fn new(device: Arc<dyn Device>) -> Cuda {
         Cuda {
             device,
+            fp8: false,
             fault: Mutex::new(None),
             angles: AngleTables::default(),
-            inputs: Mutex::new(Scratch(None)),
-            unfinished: Mutex::new(Scratch(None)),
+            inputs: Mutex::default(),
+            unfinished: Mutex::default(),
+            rankers: Mutex::default(),
+            layout: Layout::default(),
+            records: true,
+            graph_use: GraphUse::default(),
         }
+    }
+
+    /// The same, keeping weight matrices that are stored as numbers in e4m3 with a scale an output: half
+    /// the memory and bandwidth of 16 bits.
+    pub fn fp8(self) -> Cuda {
+        Cuda { fp8: true, ..self }
+    }
+
+    /// The same, every step launched operation by operation.
+    #[must_use]
+    pub fn without_graphs(self) -> Cuda {
+        Cuda {
+            records: false,
+            ..self
+        }
+    }
+
+    /// How steps that can be recorded were run.
+    pub fn graph_use(&self) -> &GraphUse {
+        &self.graph_use
     }
 
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }
 
+    fn failure(&self) -> Option<DeviceError> {
+        lock(&self.fault).clone()
+    }
+
     fn check(&self) -> Result<(), BackendError> {
-        match &*lock(&self.fault) {
-            Some(fault) => Err(fault.clone().into()),
+        match self.failure() {
+            Some(fault) => Err(fault.into()),
             None => Ok(()),
         }
     }
@@ -129,29 +179,27 @@ impl Cuda {
     /// `out = epilogue(norm(x) · weightᵀ + bias)`, of all rows, or those in `of`.
     fn norm_product(
         &self,
-        (x, of): (&Rows, Option<&[u32]>),
+        (x, of): (&Rows, Option<Slice<u32>>),
         norm: Norm<Buffer<f32>>,
         weight: &Matrix,
         bias: Option<&Buffer<f32>>,
         epilogue: Epilogue,
         out: &Rows,
     ) {
-        let rows = of.map_or(x.rows, <[u32]>::len);
+        let rows = of.map_or(x.rows, |of| of.len());
         if rows == 0 {
             return;
         }
         self.run(|| {
-            let of = of
-                .map(|of| Buffer::from_slice(&self.device, of, "rows"))
-                .transpose()?;
             let mut scratch = lock(&self.inputs);
-            let inputs = scratch.at_least(&self.device, rows * weight.stride)?;
+            let len = rows * weight.stride;
+            let inputs = scratch.at_least(&self.device, &self.layout, len, SCRATCH)?;
             let shape = (rows, x.width, weight.stride);
             let (weight_of_norm, epsilon) = (norm.weight, norm.epsilon);
             norm_rows(
                 &*self.device,
                 &x.buffer,
-                of.as_ref(),
+                of,
                 weight_of_norm,
                 epsilon,
                 shape,
@@ -174,15 +222,37 @@ impl Backend for Cuda {
     }
 
     fn matrix(&self, parts: &[Tensor]) -> Result<Matrix, BackendError> {
-        Ok(Matrix::pack(&self.device, parts)?)
+        Ok(Matrix::pack(&self.device, parts, self.fp8)?)
     }
 
     fn gated_matrix(&self, gate: &Tensor, up: &Tensor) -> Result<Matrix, BackendError> {
-        Ok(Matrix::pack_gated(&self.device, gate, up)?)
+        Ok(Matrix::pack_gated(&self.device, gate, up, self.fp8)?)
     }
 
     fn matrix_bytes(&self, matrix: &Matrix) -> usize {
         matrix.bytes()
+    }
+
+    fn bytes_on_device(&self, dtype: Dtype, shape: &[usize]) -> usize {
+        match *shape {
+            [] => size_of::<f32>(),
+            [len] => len * size_of::<f32>(),
+            [rows, .., columns] => Form::of(dtype, self.fp8).bytes(rows, columns),
+        }
+    }
+
+    fn check_memory(&self, needs: &[(String, usize)]) -> Result<(), BackendError> {
+        let Memory { free, .. } = self.device.memory()?;
+        let needed: usize = needs.iter().map(|(_, bytes)| bytes).sum();
+        if needed <= free {
+            return Ok(());
+        }
+        let parts = needs.iter().map(|(what, bytes)| match needs.len() {
+            1 => what.clone(),
+            _ => format!("{what} ({})", Size(*bytes)),
+        });
+        let what = parts.collect::<Vec<_>>().join(", ");
+        Err(DeviceError::OutOfMemory { what, needed, free }.into())
     }
 
     fn vector(&self, values: &[f32]) -> Result<Buffer<f32>, BackendError> {
@@ -205,6 +275,7 @@ impl Backend for Cuda {
     fn resize(&self, rows: &mut Rows, to: usize) -> Result<(), BackendError> {
         self.check()?;
         if rows.buffer.len() < to * rows.width {
+            self.layout.moved();
             *rows = self.rows(to, rows.width)?;
         }
         rows.rows = to;
@@ -260,26 +331,49 @@ impl Backend for Cuda {
         Ok(KvCache::new(&self.device, shape))
     }
 
+    fn kv_bytes(&self, kv: &KvCache) -> usize {
+        kv.bytes()
+    }
+
     fn copy_page(&self, kv: &mut KvCache, from: PageId, to: PageId) -> Result<(), BackendError> {
         self.check()?;
         Ok(kv.copy(from, to)?)
     }
 
-    fn plan(&self, batch: &Batch, ropes: &[&Rope], kv: &mut KvCache) -> Result<Plan, BackendError> {
+    fn plan(
+        &self,
+        batch: &Batch,
+        draws: Option<&Draws>,
+        ropes: &[&Rope],
+        kv: &mut KvCache,
+    ) -> Result<Plan, BackendError> {
         self.check()?;
-        Ok(Plan::new(&self.device, batch, ropes, kv, &self.angles)?)
+        let planner = Planner {
+            device: &self.device,
+            layout: &self.layout,
+            angles: &self.angles,
+            records: self.records,
+        };
+        Ok(Plan::new(&planner, batch, draws, ropes, kv)?)
+    }
+
+    fn planned_rows(&self, plan: &Plan) -> PlannedRows {
+        PlannedRows {
+            rows: plan.rows,
+            logits: plan.draws.as_ref().map_or(0, |draws| draws.logits.len()),
+        }
     }
 
     fn embed(&self, plan: &Plan, table: &Matrix, scale: f32, out: &mut Rows) {
         if plan.rows == 0 {
             return;
         }
-        let shape = (plan.rows, out.width, table.stride);
+        let shape = (plan.rows, out.width, table.stride, table.out_features);
         self.run(|| {
             embed(
                 &*self.device,
                 &table.weight,
-                &plan.tokens,
+                plan.tokens,
                 scale,
                 shape,
                 &out.buffer,
@@ -312,9 +406,9 @@ impl Backend for Cuda {
             rows: plan.rows,
             angles: plan.angles(attention.rope),
             pairs: attention.rope.frequencies.len(),
-            positions: &plan.positions,
-            pages: &plan.pages,
-            slots: &plan.slots,
+            positions: plan.positions,
+            pages: plan.pages,
+            slots: plan.slots,
         };
         let norms = [attention.query_norm, attention.key_norm];
         // Both are RMSNorms of the one model.
@@ -348,8 +442,8 @@ impl Backend for Cuda {
         }
         let inputs = Inputs {
             qkv: &qkv.buffer,
-            pages: &plan.tables,
-            positions: &plan.positions,
+            pages: plan.tables,
+            positions: plan.positions,
             scores: Scores {
                 scale: attention.scale,
                 softcap: attention.softcap,
@@ -375,7 +469,8 @@ impl Backend for Cuda {
         }
         self.run(|| {
             let mut scratch = lock(&self.inputs);
-            let inputs = scratch.at_least(&self.device, rows * stride(x.width))?;
+            let len = rows * weight.stride;
+            let inputs = scratch.at_least(&self.device, &self.layout, len, SCRATCH)?;
             round_rows(
                 &*self.device,
                 &x.buffer,
@@ -386,7 +481,8 @@ impl Backend for Cuda {
                 return self.product(inputs, weight, bias, Epilogue::Add, rows, &residual.buffer);
             };
             let mut scratch = lock(&self.unfinished);
-            let product = scratch.at_least(&self.device, rows * weight.width)?;
+            let len = rows * weight.width;
+            let product = scratch.at_least(&self.device, &self.layout, len, SCRATCH)?;
             self.product(inputs, weight, bias, Epilogue::Store, rows, product)?;
             let shape = (rows, weight.width);
             norm_add(
@@ -422,19 +518,99 @@ impl Backend for Cuda {
     fn lm_head(
         &self,
         x: &Rows,
-        rows: &[u32],
+        rows: LogitRows<Plan>,
         norm: Norm<Buffer<f32>>,
         weight: &Matrix,
         softcap: Option<f32>,
         out: &mut Rows,
     ) {
         let epilogue = softcap.map_or(Epilogue::Store, Epilogue::Softcap);
-        self.norm_product((x, Some(rows)), norm, weight, None, epilogue, out);
+        let product = |rows: Slice<u32>, out: &mut Rows| {
+            self.norm_product((x, Some(rows)), norm, weight, None, epilogue, out);
+        };
+        match rows {
+            LogitRows::Drawn(plan) => {
+                if let Some(draws) = &plan.draws {
+                    product(draws.logits, out);
+                }
+            }
+            LogitRows::These(rows) => {
+                let mut sent = None;
+                self.run(|| {
+                    sent = Some(Buffer::from_slice(&self.device, rows, "rows")?);
+                    Ok(())
+                });
+                if let Some(rows) = &sent {
+                    product(rows.slice(), out);
+                }
+            }
+        }
+    }
+
+    fn draw(
+        &self,
+        plan: &Plan,
+        what: &[usize],
+        draws: &[SampleRow],
+        logits: &mut Rows,
+        compute: &mut dyn FnMut(&mut Rows),
+    ) -> Result<Vec<Sampled>, BackendError> {
+        let Some(planned) = &plan.draws else {
+            compute(logits);
+            return self.sample(logits, draws);
+        };
+        let vocab_size = logits.width;
+        let mut step = || {
+            compute(logits);
+            self.run(|| {
+                let device = &*self.device;
+                sample::launch(device, &logits.buffer, vocab_size, &planned.on_device)
+            });
+            self.failure().map_or(Ok(()), Err)
+        };
+        match &plan.graph {
+            None => step()?,
+            Some((graphs, key)) => {
+                let key = Key {
+                    what: what.to_vec(),
+                    ..key.clone()
+                };
+                let layout = self.layout.version();
+                // SAFETY: all that `compute` and the draws launch follows from the key, but for what the
+                // plan has sent; weights stay, and the layout tells where anything else has moved.
+                unsafe {
+                    lock(graphs).run(&self.device, &self.graph_use, layout, &key, &mut step)
+                }?;
+            }
+        }
+        let DrawPlan {
+            on_device, on_host, ..
+        } = planned;
+        sample::read(&*self.device, vocab_size, on_device, on_host, draws)
     }
 
     fn sample(&self, logits: &Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>, BackendError> {
         self.check()?;
         sample(&self.device, &logits.buffer, logits.width, rows)
+    }
+
+    fn rank(
+        &self,
+        groups: &[Ranking<Rows>],
+    ) -> Result<Vec<Result<Ranked, RankerError>>, BackendError> {
+        self.check()?;
+        if groups.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ranked = lock(&self.rankers).rank(&self.device, groups);
+        let ranked = ranked.map_err(|error| match error {
+            GatherRankError::Device(error) => error.into(),
+            other => BackendError::Ranking(other),
+        })?;
+        let all = groups.iter().zip(ranked);
+        // A score that is not finite: the host finds out whose, and why.
+        all.map(|(group, ranked)| ranked.map_or_else(|| self.rank_on_host(group), |r| Ok(Ok(r))))
+            .collect()
     }
 
     fn token_logprobs(&self, logits: &Rows, tokens: &[u32]) -> Result<Vec<f32>, BackendError> {

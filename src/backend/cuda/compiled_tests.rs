@@ -129,7 +129,7 @@ fn disassemble(nvdisasm: &Path, image: &Image) -> BTreeMap<String, String> {
 }
 
 /// What the design of each kernel file says that its machine code must have.
-const INSTRUCTIONS: [(&str, &[&str]); 8] = [
+const INSTRUCTIONS: [(&str, &[&str]); 9] = [
     // Tensor cores, ldmatrix, and copies of sixteen bytes past the first-level cache.
     (
         "matmul_skinny",
@@ -150,6 +150,11 @@ const INSTRUCTIONS: [(&str, &[&str]); 8] = [
     (
         "attention_prefill",
         &["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS"],
+    ),
+    // Products of a warpgroup, tiles copied by the tensor memory accelerator.
+    (
+        "matmul_wgmma",
+        &["HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "SYNCS.PHASECHK"],
     ),
     ("gather_rank", &["HMMA.16816.F32.BF16"]),
     ("attention", &["LDG.E.128"]),
@@ -188,4 +193,30 @@ fn the_machine_code_has_the_instructions_that_the_design_is_about() {
         count >= INSTRUCTIONS.len(),
         "only {count} kernels were looked at"
     );
+}
+
+/// Programmatic dependent launch, in the machine code: every kernel lets its successor start (PREEXIT),
+/// waits for its predecessors (ACQBULK), and reads and writes nothing before, as the code lies, but the
+/// products' copies of weights.
+#[test]
+fn every_kernel_for_hopper_and_later_waits_before_it_reads() {
+    let Some(nvdisasm) = nvdisasm() else {
+        println!("skipped: there is no nvdisasm beside nvcc (scripts/setup-cuda installs one)");
+        return;
+    };
+    let cubins = cubins().into_iter();
+    for image in cubins.filter(|image| image.waits_for_predecessors()) {
+        for (kernel, code) in disassemble(&nvdisasm, image) {
+            let what = format!("{kernel} on {}", image.architecture);
+            assert!(code.contains("PREEXIT"), "{what} lets no kernel start");
+            let before = code.split_once("ACQBULK").map(|(before, _)| before);
+            let before = before.unwrap_or_else(|| panic!("{what} does not wait"));
+            for early in ["LDG.", "STG.", "ATOMG", "RED.", "LD.E", "ST.E"] {
+                let found = before.lines().find(|line| line.contains(early));
+                assert_eq!(found, None, "{what}");
+            }
+            let fetches = before.contains("LDGSTS");
+            assert_eq!(fetches, kernel.starts_with("matmul_skinny"), "{what}");
+        }
+    }
 }

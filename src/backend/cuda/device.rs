@@ -1,6 +1,6 @@
-//! What the kernels' launcher needs of a device: memory, and launches by name with an array of
-//! arguments. A GPU ([`super::gpu::Gpu`]) and its emulation ([`super::emulated::Emulated`]) take the
-//! same.
+//! What the kernels' launcher needs of a device: memory, launches by name with an array of arguments,
+//! and recordings of them. A GPU ([`super::gpu::Gpu`]) and its emulation
+//! ([`super::emulated::Emulated`]) take the same.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -14,6 +14,8 @@ pub enum DeviceError {
         "no CUDA driver on this machine (libcuda was not found); use --device cpu, or --device emulate to run the kernels without a GPU"
     )]
     NoDriver,
+    #[error("{0} is no device: give cuda, cuda:INDEX or emulate")]
+    NoSuchName(String),
     #[error("there is no CUDA device {ordinal}: this machine has {count}")]
     NoSuchDevice { ordinal: usize, count: usize },
     #[error(
@@ -24,7 +26,7 @@ pub enum DeviceError {
         capability: String,
         built: String,
     },
-    #[error("out of device memory: {what} needs {needed} bytes, {free} are free")]
+    #[error("out of device memory for {what}: {} needed, {} free", Size(*.needed), Size(*.free))]
     OutOfMemory {
         what: String,
         needed: usize,
@@ -45,8 +47,46 @@ pub enum DeviceError {
     Fault(String),
     #[error("a copy of {bytes} bytes goes beyond its memory on the device")]
     Copy { bytes: usize },
+    /// A recording holds launches and copies on the device, nothing else.
+    #[error("recording launches: {0}")]
+    Recording(&'static str),
     #[error("CUDA driver: {0}")]
     Driver(String),
+}
+
+impl DeviceError {
+    /// Whether the device does nothing more from now on.
+    pub fn is_final(&self) -> bool {
+        matches!(
+            self,
+            DeviceError::Fault(_)
+                | DeviceError::Driver(_)
+                | DeviceError::Launch { .. }
+                | DeviceError::Recording(_)
+        )
+    }
+}
+
+/// Bytes, for people.
+pub struct Size(pub usize);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = self.0 as f64;
+        match self.0 {
+            0..1000 => write!(f, "{bytes} bytes"),
+            1000..1_000_000 => write!(f, "{:.1} KB", bytes / 1e3),
+            1_000_000..1_000_000_000 => write!(f, "{:.1} MB", bytes / 1e6),
+            _ => write!(f, "{:.2} GB", bytes / 1e9),
+        }
+    }
+}
+
+/// Bytes of a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    pub free: usize,
+    pub total: usize,
 }
 
 /// The shape of a launch.
@@ -74,11 +114,30 @@ impl Launch {
 /// An address in a device's memory.
 pub type Address = u64;
 
+/// `TensorMap` of `kernels/hopper.cuh`: to be aligned to 64 bytes on the device.
+pub type TileMap = [u64; 16];
+
+/// Bytes that a thread copies at a time.
+const UPLOAD_UNIT: usize = 256 << 10;
+
+/// Writes the n-th piece of what is brought to a device.
+pub type Fill<'a> = &'a (dyn Fn(usize, &mut [u8]) + Sync);
+
+/// A recording, as its device knows it.
+pub type GraphId = u64;
+
 /// Memory, copies and launches, all in the order in which they are asked for (one stream).
 ///
 /// A fault of a kernel is told by the call that notices it, or a later one, and by all from then on.
+///
+/// Between [`Device::begin_recording`] and [`Device::end_recording`] launches, [`Device::copy`] and
+/// [`Device::zero`] are recorded as they are, addresses and numbers included, and not done; all else
+/// is refused. One thread works on a device at a time.
 pub trait Device: Send + Sync + 'static {
     fn name(&self) -> String;
+
+    /// What is free now, and what there is.
+    fn memory(&self) -> Result<Memory, DeviceError>;
 
     /// Uninitialised memory, aligned to 256 bytes. `what` is for the message where there is none.
     fn allocate(&self, bytes: usize, what: &str) -> Result<Address, DeviceError>;
@@ -87,7 +146,23 @@ pub trait Device: Send + Sync + 'static {
     /// that were asked for before.
     unsafe fn free(&self, address: Address);
 
-    fn upload(&self, from: &[u8], to: Address) -> Result<(), DeviceError>;
+    /// Brings `bytes` bytes to the device. `fill(i, piece)` writes the i-th `unit` bytes (the last may
+    /// be fewer), on several threads, into memory that the device copies from by itself; it is over
+    /// when this returns, the copies may not be.
+    fn upload_by(
+        &self,
+        to: Address,
+        bytes: usize,
+        unit: usize,
+        fill: Fill,
+    ) -> Result<(), DeviceError>;
+
+    fn upload(&self, from: &[u8], to: Address) -> Result<(), DeviceError> {
+        self.upload_by(to, from.len(), UPLOAD_UNIT, &|i, piece| {
+            piece.copy_from_slice(&from[i * UPLOAD_UNIT..][..piece.len()]);
+        })
+    }
+
     /// Waits for all before it.
     fn download(&self, from: Address, to: &mut [u8]) -> Result<(), DeviceError>;
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DeviceError>;
@@ -102,8 +177,30 @@ pub trait Device: Send + Sync + 'static {
         arguments: &mut Arguments,
     ) -> Result<(), DeviceError>;
 
+    fn begin_recording(&self) -> Result<(), DeviceError>;
+    /// The recording, ready to be replayed.
+    fn end_recording(&self) -> Result<GraphId, DeviceError>;
+    /// Does what was recorded.
+    ///
+    /// # Safety
+    /// Everything that the recording points to must still be there.
+    unsafe fn replay(&self, graph: GraphId) -> Result<(), DeviceError>;
+    /// Forgets a recording, once replays that were asked for are over.
+    fn free_recording(&self, graph: GraphId);
+
     /// Waits for all that was asked for.
     fn synchronize(&self) -> Result<(), DeviceError>;
+
+    /// What `copy_tile` (`kernels/hopper.cuh`) takes to copy tiles of `tile_rows` rows and 64 numbers of a
+    /// matrix of bfloat16 [rows, stride]; `None` on all but Hopper and the emulation.
+    fn tile_map(
+        &self,
+        _matrix: Address,
+        (_rows, _stride): (usize, usize),
+        _tile_rows: usize,
+    ) -> Result<Option<TileMap>, DeviceError> {
+        Ok(None)
+    }
 
     /// Multiprocessors: blocks that run at a time where one fills a multiprocessor.
     fn multiprocessors(&self) -> usize;
@@ -150,6 +247,17 @@ impl<T> Argument for &Buffer<T> {
         self.address()
     }
 }
+impl<T> Argument for Slice<T> {
+    fn slot(self) -> u64 {
+        self.address
+    }
+}
+/// A null pointer for `None`.
+impl<T> Argument for Option<Slice<T>> {
+    fn slot(self) -> u64 {
+        self.map_or(0, |slice| slice.address)
+    }
+}
 /// A null pointer for `None`.
 impl<T> Argument for Option<&Buffer<T>> {
     fn slot(self) -> u64 {
@@ -166,6 +274,19 @@ impl Arguments {
     pub fn with(mut self, argument: impl Argument) -> Arguments {
         self.slots.push(argument.slot());
         self
+    }
+
+    /// The arguments themselves.
+    pub(super) fn slots(&self) -> &[u64] {
+        &self.slots
+    }
+
+    /// Arguments with these slots.
+    pub(super) fn from_slots(slots: &[u64]) -> Arguments {
+        Arguments {
+            slots: slots.to_vec(),
+            pointers: Vec::new(),
+        }
     }
 
     /// The addresses of the arguments, as `cuLaunchKernel` takes them.
@@ -209,8 +330,10 @@ unsafe impl Plain for f32 {}
 unsafe impl Plain for half::bf16 {}
 // SAFETY: as above.
 unsafe impl Plain for half::f16 {}
+// SAFETY: an array has no padding of its own.
+unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 
-fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
+pub(super) fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
     // SAFETY: `Plain` has no padding, and any alignment suits bytes.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), std::mem::size_of_val(values)) }
 }
@@ -256,6 +379,27 @@ impl<T: Plain> Buffer<T> {
         let buffer = Buffer::new(device, values.len(), what)?;
         device.upload(bytes_of(values), buffer.address)?;
         Ok(buffer)
+    }
+
+    /// Overwrites `count` elements from `at` on. `fill(i, run)` writes the i-th `unit` of them (the last
+    /// run may be shorter), on several threads.
+    pub fn fill(
+        &mut self,
+        at: usize,
+        count: usize,
+        unit: usize,
+        fill: impl Fn(usize, &mut [T]) + Sync,
+    ) -> Result<(), DeviceError> {
+        self.check(at, count)?;
+        let bytes = size_of::<T>();
+        self.device
+            .upload_by(self.at(at), count * bytes, unit * bytes, &|i, piece| {
+                // SAFETY: staging memory is aligned to more than any number, `unit` elements are a
+                // multiple of an element, and any bytes are a value of `T`.
+                let (before, run, behind) = unsafe { piece.align_to_mut::<T>() };
+                debug_assert!(before.is_empty() && behind.is_empty());
+                fill(i, run);
+            })
     }
 
     /// Overwrites the elements from `at` on.
@@ -305,8 +449,74 @@ impl<T> Buffer<T> {
         self.len
     }
 
+    /// All of it.
+    pub fn slice(&self) -> Slice<T> {
+        Slice::at(self.address, self.len)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+}
+
+/// Elements in a device's memory, where some buffer keeps them.
+pub struct Slice<T> {
+    address: Address,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+// Not derived: that would ask the same of `T`.
+impl<T> Clone for Slice<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Slice<T> {}
+
+impl<T> Slice<T> {
+    pub fn at(address: Address, len: usize) -> Slice<T> {
+        Slice {
+            address,
+            len,
+            element: PhantomData,
+        }
+    }
+
+    pub fn address(&self) -> Address {
+        self.address
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first `len` elements, brought to the host.
+    pub fn read(&self, device: &dyn Device, len: usize) -> Result<Vec<T>, DeviceError>
+    where
+        T: Plain + Default,
+    {
+        if len > self.len {
+            return Err(DeviceError::Copy {
+                bytes: len.saturating_mul(size_of::<T>()),
+            });
+        }
+        let mut values = vec![T::default(); len];
+        if len > 0 {
+            device.download(self.address, bytes_of_mut(&mut values))?;
+        }
+        Ok(values)
+    }
+}
+
+impl<T> fmt::Debug for Slice<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Slice({} elements at {:#x})", self.len, self.address)
     }
 }
 

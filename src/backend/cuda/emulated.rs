@@ -1,11 +1,16 @@
 //! The kernels on the CPU: `kernels/emulate`, which checks every access to memory and every barrier.
 
-use super::device::{Address, Arguments, Device, DeviceError, Launch};
+use super::device::{
+    Address, Arguments, Device, DeviceError, Fill, GraphId, Launch, Memory, TileMap,
+};
+use super::matmul_wgmma::TILE_NUMBERS;
+use super::staging::{Copies, Ring};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
+use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 /// `emulate::Kernel`, which only C++ looks into.
 #[repr(C)]
@@ -21,6 +26,7 @@ struct RawLaunch {
     shared_bytes: u32,
     find_races: u32,
     order_seed: u64,
+    era: u32,
 }
 
 unsafe extern "C" {
@@ -40,20 +46,87 @@ unsafe extern "C" {
     ) -> i32;
 }
 
+#[cfg(test)]
+#[link(name = "podium_emulation_faults", kind = "static")]
+unsafe extern "C" {
+    /// The kernels with planted faults, which nothing but tests links.
+    static podium_kernels_emulate_faults: i32;
+}
+
 /// As on an H100.
 const MAX_THREADS: u32 = 1024;
 const MAX_SHARED_BYTES: u32 = 227 * 1024;
 /// Small, so that whatever depends on it has several waves of blocks with small models too.
 const MULTIPROCESSORS: usize = 8;
 
+/// Pieces of memory that uploads go through, small enough that those of small models wrap.
+const UPLOAD_PIECES: usize = 3;
+const UPLOAD_PIECE_BYTES: usize = 256 << 10;
+
 /// A GPU played by the CPU. Slow, exact about what a kernel may do, and everywhere.
-#[derive(Default)]
+///
+/// Copies from the host are done as late as a GPU may do them: when something behind them needs it.
 pub struct Emulated {
     checks: Checks,
     /// The first fault: from then on everything fails, as on a GPU.
     fault: Mutex<Option<DeviceError>>,
     /// Threads that run blocks; rayon's own where there are none.
     pool: Option<ThreadPool>,
+    launches: AtomicU64,
+    /// How often the host has waited, from 1 on: then no kernel is running that wrote before.
+    era: AtomicU32,
+    memory: Mutex<Allocations>,
+    ring: Mutex<Ring>,
+    pinned: Mutex<Vec<Box<[u128]>>>,
+    /// Copies from the host that are still to be done.
+    copies: Mutex<Vec<HostCopy>>,
+    recordings: Mutex<Recordings>,
+}
+
+#[derive(Default)]
+struct Allocations {
+    bytes: HashMap<Address, usize>,
+    used: usize,
+}
+
+struct HostCopy {
+    number: usize,
+    from: *const u8,
+    bytes: usize,
+    to: *mut u8,
+}
+// SAFETY: it points to pinned memory and to the device's, and `Copies::begin` promises both.
+unsafe impl Send for HostCopy {}
+
+#[derive(Default)]
+struct Recordings {
+    /// What is being recorded.
+    open: Option<Vec<Recorded>>,
+    done: HashMap<GraphId, Vec<Recorded>>,
+    next: GraphId,
+}
+
+/// What a recording holds: everything by value.
+#[derive(Clone)]
+enum Recorded {
+    Launch {
+        kernel: String,
+        launch: Launch,
+        arguments: Vec<u64>,
+    },
+    Copy {
+        from: Address,
+        to: Address,
+        bytes: usize,
+    },
+    Zero {
+        at: Address,
+        bytes: usize,
+    },
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// What is checked besides bounds, alignment and barriers, which always are.
@@ -64,14 +137,31 @@ pub struct Checks {
     pub races: bool,
     /// Run threads in a random order between barriers, which this seed fixes; `None`: in turn.
     pub order_seed: Option<u64>,
+    /// Bytes of memory; `None`: as many as the host gives.
+    pub memory: Option<usize>,
+    /// The device is lost with the launch after so many.
+    pub lost_after: Option<u64>,
 }
 
 impl Emulated {
     pub fn new(checks: Checks) -> Emulated {
         Emulated {
             checks,
-            ..Emulated::default()
+            fault: Mutex::default(),
+            pool: None,
+            launches: AtomicU64::new(0),
+            era: AtomicU32::new(1),
+            memory: Mutex::default(),
+            ring: Mutex::new(Ring::new(UPLOAD_PIECES, UPLOAD_PIECE_BYTES)),
+            pinned: Mutex::default(),
+            copies: Mutex::default(),
+            recordings: Mutex::default(),
         }
+    }
+
+    /// Launches so far, replayed ones too.
+    pub fn launches(&self) -> u64 {
+        self.launches.load(Ordering::Relaxed)
     }
 
     /// The same, its blocks on that many threads.
@@ -84,15 +174,51 @@ impl Emulated {
     }
 
     fn check(&self) -> Result<(), DeviceError> {
-        match &*self.fault.lock().unwrap_or_else(|e| e.into_inner()) {
+        match &*lock(&self.fault) {
             Some(fault) => Err(fault.clone()),
             None => Ok(()),
         }
     }
 
     fn fail(&self, fault: DeviceError) -> DeviceError {
-        let mut first = self.fault.lock().unwrap_or_else(|e| e.into_inner());
-        first.get_or_insert(fault).clone()
+        lock(&self.fault).get_or_insert(fault).clone()
+    }
+
+    /// Records what `record` gives, where a recording is open; says whether one is.
+    fn recorded(&self, record: impl FnOnce() -> Recorded) -> bool {
+        match &mut lock(&self.recordings).open {
+            Some(recording) => {
+                recording.push(record());
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Refuses what must not happen while launches are recorded, as the driver does.
+    fn not_recording(&self, what: &'static str) -> Result<(), DeviceError> {
+        self.check()?;
+        match lock(&self.recordings).open {
+            Some(_) => Err(self.fail(DeviceError::Recording(what))),
+            None => Ok(()),
+        }
+    }
+
+    /// Does the copies from the host that were begun, up to the last of this number, or all.
+    fn do_copies(&self, number: Option<usize>) {
+        let mut copies = lock(&self.copies);
+        let end = match number {
+            Some(number) => copies
+                .iter()
+                .rposition(|copy| copy.number == number)
+                .map_or(0, |last| last + 1),
+            None => copies.len(),
+        };
+        for copy in copies.drain(..end) {
+            // SAFETY: `Copies::begin` promises the source, and has found the target; a target that was
+            // freed since had its copies done first.
+            unsafe { std::ptr::copy_nonoverlapping(copy.from, copy.to, copy.bytes) };
+        }
     }
 
     /// The bytes behind a device address.
@@ -110,6 +236,9 @@ impl Emulated {
         // SAFETY: a static array, of which the first entry is always there; reading it keeps the linker
         // from leaving the kernels out.
         std::hint::black_box(unsafe { podium_kernel_files[0] });
+        #[cfg(test)]
+        // SAFETY: a static number.
+        std::hint::black_box(unsafe { podium_kernels_emulate_faults });
         let name = CString::new(name).map_err(|_| unknown())?;
         // SAFETY: `name` ends with a zero.
         let found = unsafe { podium_emulate_find(name.as_ptr()) };
@@ -120,46 +249,117 @@ impl Emulated {
     }
 }
 
+impl Default for Emulated {
+    fn default() -> Emulated {
+        Emulated::new(Checks::default())
+    }
+}
+
+impl Copies for Emulated {
+    fn pin(&self, bytes: usize) -> Result<*mut u8, DeviceError> {
+        let mut memory = vec![0u128; bytes.div_ceil(16)].into_boxed_slice();
+        let start = memory.as_mut_ptr().cast();
+        lock(&self.pinned).push(memory);
+        Ok(start)
+    }
+
+    unsafe fn begin(
+        &self,
+        number: usize,
+        from: *const u8,
+        bytes: usize,
+        to: Address,
+    ) -> Result<(), DeviceError> {
+        let to = Self::bytes(to, bytes)?;
+        lock(&self.copies).push(HostCopy {
+            number,
+            from,
+            bytes,
+            to,
+        });
+        Ok(())
+    }
+
+    fn finish(&self, number: usize) -> Result<(), DeviceError> {
+        self.do_copies(Some(number));
+        Ok(())
+    }
+}
+
 impl Device for Emulated {
     fn name(&self) -> String {
         "emulated GPU".to_string()
     }
 
+    fn memory(&self) -> Result<Memory, DeviceError> {
+        self.check()?;
+        let total = self.checks.memory.unwrap_or(usize::MAX);
+        Ok(Memory {
+            free: total - lock(&self.memory).used,
+            total,
+        })
+    }
+
     fn allocate(&self, bytes: usize, what: &str) -> Result<Address, DeviceError> {
-        // SAFETY: no requirements.
-        match unsafe { podium_emulate_allocate(bytes as u64) } {
-            0 => Err(DeviceError::OutOfMemory {
-                what: what.to_string(),
-                needed: bytes,
-                free: 0,
-            }),
-            address => Ok(address),
+        self.not_recording("memory was asked for meanwhile")?;
+        let free = self.memory()?.free;
+        let out_of_memory = || DeviceError::OutOfMemory {
+            what: what.to_string(),
+            needed: bytes,
+            free,
+        };
+        if bytes > free {
+            return Err(out_of_memory());
         }
+        // SAFETY: no requirements.
+        let address = unsafe { podium_emulate_allocate(bytes as u64) };
+        if address == 0 {
+            return Err(out_of_memory());
+        }
+        let mut memory = lock(&self.memory);
+        memory.used += bytes;
+        memory.bytes.insert(address, bytes);
+        Ok(address)
     }
 
     unsafe fn free(&self, address: Address) {
+        self.do_copies(None);
+        if lock(&self.recordings).open.is_some() {
+            self.fail(DeviceError::Recording("memory was freed meanwhile"));
+        }
+        let mut memory = lock(&self.memory);
+        memory.used -= memory.bytes.remove(&address).unwrap_or(0);
         // SAFETY: the caller's promise; launches are over when `launch` returns.
         unsafe { podium_emulate_free(address) };
     }
 
-    fn upload(&self, from: &[u8], to: Address) -> Result<(), DeviceError> {
-        self.check()?;
-        let to = Self::bytes(to, from.len())?;
-        // SAFETY: as many bytes are there, and the device's memory is nobody else's.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
-        Ok(())
+    fn upload_by(
+        &self,
+        to: Address,
+        bytes: usize,
+        unit: usize,
+        fill: Fill,
+    ) -> Result<(), DeviceError> {
+        self.not_recording("the host sent something meanwhile")?;
+        lock(&self.ring).upload(self, to, bytes, unit, fill)
     }
 
     fn download(&self, from: Address, to: &mut [u8]) -> Result<(), DeviceError> {
-        self.check()?;
+        self.not_recording("the host read something meanwhile")?;
+        self.do_copies(None);
+        self.era.fetch_add(1, Ordering::Relaxed);
         let from = Self::bytes(from, to.len())?;
-        // SAFETY: as above.
+        // SAFETY: as many bytes are there, and the device's memory is nobody else's.
         unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DeviceError> {
         self.check()?;
+        if self.recorded(|| Recorded::Copy { from, to, bytes }) {
+            return Ok(());
+        }
+        self.do_copies(None);
         let (from, to) = (Self::bytes(from, bytes)?, Self::bytes(to, bytes)?);
         // SAFETY: as above; the two may overlap.
         unsafe { std::ptr::copy(from, to, bytes) };
@@ -168,6 +368,10 @@ impl Device for Emulated {
 
     fn zero(&self, at: Address, bytes: usize) -> Result<(), DeviceError> {
         self.check()?;
+        if self.recorded(|| Recorded::Zero { at, bytes }) {
+            return Ok(());
+        }
+        self.do_copies(None);
         let at = Self::bytes(at, bytes)?;
         // SAFETY: as above.
         unsafe { std::ptr::write_bytes(at, 0, bytes) };
@@ -199,12 +403,27 @@ impl Device for Emulated {
             }));
         }
         let found = Shared(Self::find(kernel)?);
+        let recorded = self.recorded(|| Recorded::Launch {
+            kernel: kernel.to_string(),
+            launch,
+            arguments: arguments.slots().to_vec(),
+        });
+        if recorded {
+            return Ok(());
+        }
+        self.do_copies(None);
+        let before = self.launches.fetch_add(1, Ordering::Relaxed);
+        if self.checks.lost_after == Some(before) {
+            let message = format!("the emulated device was to be lost after {before} launches");
+            return Err(self.fail(DeviceError::Fault(message)));
+        }
         let raw = RawLaunch {
             grid,
             block: [block, 1, 1],
             shared_bytes,
             find_races: u32::from(self.checks.races),
             order_seed: self.checks.order_seed.map_or(0, |seed| seed | 1),
+            era: self.era.load(Ordering::Relaxed),
         };
         let pointers = Shared(arguments.pointers().as_ptr());
         let stop = AtomicBool::new(false);
@@ -250,8 +469,70 @@ impl Device for Emulated {
         }
     }
 
+    fn begin_recording(&self) -> Result<(), DeviceError> {
+        self.not_recording("another recording was begun meanwhile")?;
+        lock(&self.recordings).open = Some(Vec::new());
+        Ok(())
+    }
+
+    fn end_recording(&self) -> Result<GraphId, DeviceError> {
+        let mut recordings = lock(&self.recordings);
+        let recording = recordings.open.take();
+        self.check()?;
+        let recording = recording.ok_or(DeviceError::Recording("nothing was begun"))?;
+        recordings.next += 1;
+        let graph = recordings.next;
+        recordings.done.insert(graph, recording);
+        Ok(graph)
+    }
+
+    unsafe fn replay(&self, graph: GraphId) -> Result<(), DeviceError> {
+        self.not_recording("another recording was replayed meanwhile")?;
+        let found = lock(&self.recordings).done.get(&graph).cloned();
+        for step in found.ok_or(DeviceError::Recording("one that is gone was replayed"))? {
+            match step {
+                Recorded::Launch {
+                    kernel,
+                    launch,
+                    arguments,
+                } => {
+                    let mut arguments = Arguments::from_slots(&arguments);
+                    // SAFETY: they were a launch's, and the caller promises what they point to.
+                    unsafe { self.launch(&kernel, launch, &mut arguments) }?;
+                }
+                Recorded::Copy { from, to, bytes } => self.copy(from, to, bytes)?,
+                Recorded::Zero { at, bytes } => self.zero(at, bytes)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn free_recording(&self, graph: GraphId) {
+        lock(&self.recordings).done.remove(&graph);
+    }
+
     fn synchronize(&self) -> Result<(), DeviceError> {
-        self.check()
+        self.not_recording("the host waited meanwhile")?;
+        self.do_copies(None);
+        self.era.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Fields in the order in which `kernels/emulate/runtime.cc` reads them.
+    fn tile_map(
+        &self,
+        matrix: Address,
+        (rows, stride): (usize, usize),
+        tile_rows: usize,
+    ) -> Result<Option<TileMap>, DeviceError> {
+        let mut map = [0; 16];
+        let row_bytes = stride * size_of::<half::bf16>();
+        let fields = [stride, rows, row_bytes, TILE_NUMBERS, tile_rows];
+        map[0] = matrix;
+        for (field, value) in map[1..].iter_mut().zip(fields) {
+            *field = value as u64;
+        }
+        Ok(Some(map))
     }
 
     fn multiprocessors(&self) -> usize {
@@ -283,6 +564,8 @@ mod tests {
     const CHECKED: Checks = Checks {
         races: true,
         order_seed: None,
+        memory: None,
+        lost_after: None,
     };
 
     /// Launches a kernel of `kernels/emulate/faults.cu`: 64 threads, 64 floats of shared memory.
@@ -368,6 +651,16 @@ mod tests {
                 false,
                 format!("{barrier}32 threads (0 is one) wait at"),
             ),
+            (
+                "fault_early_write",
+                false,
+                "early access: it may write global memory before it waits".to_string(),
+            ),
+            (
+                "fault_never_waits",
+                false,
+                "it ends without having waited for the kernels before it".to_string(),
+            ),
         ] {
             for order_seed in [None, Some(7)] {
                 let checks = Checks {
@@ -380,6 +673,90 @@ mod tests {
                     "{error}"
                 );
             }
+        }
+    }
+
+    /// What the host sent may be read early (weights are); what a kernel wrote may not, be it the one
+    /// before or one before that, until the host has waited.
+    #[test]
+    fn what_kernels_wrote_is_not_read_before_the_wait() {
+        for kernel in ["fault_early_read", "fault_early_copy"] {
+            let sent: Vec<f32> = (0..64).map(|i| i as f32).collect();
+            assert_eq!(launch(kernel, true, CHECKED).unwrap(), sent);
+
+            let device: Arc<dyn Device> = Arc::new(Emulated::new(CHECKED));
+            let input = Buffer::from_slice(&device, &sent, "input").unwrap();
+            let [middle, out] = [(); 2].map(|()| Buffer::<f32>::new(&device, 64, "out").unwrap());
+            let shape = Launch {
+                shared_bytes: 256,
+                ..Launch::blocks(1, 64)
+            };
+            let run = |kernel: &str, from: &Buffer<f32>, to: &Buffer<f32>| {
+                // SAFETY: the kernels take an input and an output.
+                unsafe { device.launch(kernel, shape, &mut arguments![from, to]) }
+            };
+            run("fault_none_copy", &input, &middle).unwrap();
+            device.synchronize().unwrap();
+            run(kernel, &middle, &out).unwrap();
+            run("fault_none_copy", &input, &middle).unwrap();
+            run("fault_none_copy", &input, &out).unwrap();
+            let error = run(kernel, &middle, &out).unwrap_err().to_string();
+            let expected = "early access: it reads what a kernel has written before it waits";
+            assert!(
+                error.contains(kernel) && error.contains(expected),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_lost_device_and_full_memory() {
+        let device: Arc<dyn Device> = Arc::new(Emulated::new(Checks {
+            memory: Some(1000),
+            lost_after: Some(2),
+            ..CHECKED
+        }));
+        let out = Buffer::<f32>::new(&device, 64, "output").unwrap();
+        assert_eq!(device.memory().unwrap().free, 1000 - 256);
+        let refused = Buffer::<f32>::new(&device, 190, "more").err().unwrap();
+        let expected = "out of device memory for more: 760 bytes needed, 744 bytes free";
+        assert_eq!(refused.to_string(), expected);
+        drop(Buffer::<f32>::new(&device, 186, "all").unwrap());
+        assert_eq!(device.memory().unwrap().free, 744);
+        let launch = || {
+            // SAFETY: the kernel takes the output.
+            unsafe { device.launch("fault_order", Launch::blocks(1, 32), &mut arguments![&out]) }
+        };
+        launch().and_then(|()| launch()).unwrap();
+        let lost = launch().unwrap_err();
+        assert!(lost.is_final() && !refused.is_final());
+        assert_eq!(out.read(0, 1).unwrap_err(), lost);
+    }
+
+    /// Uploads through few pieces that take turns, done as late as can be, units that no piece holds
+    /// among them.
+    #[test]
+    fn uploads_arrive_in_their_order() {
+        let device: Arc<dyn Device> = Arc::new(Emulated::default());
+        let len = 3 * UPLOAD_PIECES * UPLOAD_PIECE_BYTES / 4 + 1003;
+        let mut buffer = Buffer::<u32>::new(&device, len, "test").unwrap();
+        for (round, unit) in [(1, 1000), (2, 7), (3, 100_000), (4, len)] {
+            let value = |i: usize| (i * 31) as u32 ^ round;
+            let fill = |n: usize, run: &mut [u32]| {
+                for (i, to) in run.iter_mut().enumerate() {
+                    *to = value(n * unit + i);
+                }
+            };
+            buffer.fill(0, len, unit, fill).unwrap();
+            // A later copy to the same place wins.
+            buffer.write(5, &[round, 77]).unwrap();
+            let got = buffer.read(0, len).unwrap();
+            assert_eq!(got[5..7], [round, 77]);
+            let rest = got.iter().enumerate().skip(7);
+            assert!(
+                rest.into_iter().all(|(i, &x)| x == value(i)),
+                "units of {unit}"
+            );
         }
     }
 
@@ -479,6 +856,36 @@ mod tests {
         // SAFETY: the kernel takes these.
         unsafe { device.launch("check_mma", shape, &mut arguments![&a, &b, &d]) }.unwrap();
         assert_eq!(d.read(0, 128).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_tile_is_there_when_it_is_waited_for_and_lies_where_its_swizzle_says() {
+        let device: Arc<dyn Device> = Arc::new(Emulated::new(CHECKED));
+        // Seven rows: the eighth of the tile is zeros.
+        let numbers: Vec<half::bf16> = (0..7 * 64)
+            .map(|i| half::bf16::from_f32((i % 251) as f32))
+            .collect();
+        let matrix = Buffer::from_slice(&device, &numbers, "in").unwrap();
+        let map = device.tile_map(matrix.address(), (7, 64), 8).unwrap();
+        let map = Buffer::from_slice(&device, &map.unwrap(), "map").unwrap();
+        let read = |waits: u32| {
+            let out = Buffer::<f32>::new(&device, 64, "out").unwrap();
+            let shape = Launch {
+                shared_bytes: 1032,
+                ..Launch::blocks(1, 64)
+            };
+            // SAFETY: the kernel takes these.
+            unsafe { device.launch("check_tile", shape, &mut arguments![&map, waits, &out]) }
+                .unwrap();
+            out.read(0, 64).unwrap()
+        };
+        assert!(read(0).iter().all(|x| x.is_nan()));
+        let first_of_chunk = |thread: usize| match thread / 8 {
+            7 => 0.0,
+            row => numbers[row * 64 + thread % 8 * 8].to_f32(),
+        };
+        let expected: Vec<f32> = (0..64).map(first_of_chunk).collect();
+        assert_eq!(read(1), expected);
     }
 
     #[test]

@@ -23,6 +23,13 @@ pub fn architectures() -> Vec<&'static str> {
 }
 
 impl Image {
+    /// Whether its kernels know programmatic dependent launch (`kernels/device.cuh`): one that was
+    /// compiled for less than sm_90 does not wait for those before it.
+    pub fn waits_for_predecessors(&self) -> bool {
+        let number = self.architecture.trim_end_matches('a').split_once('_');
+        number.is_some_and(|(_, number)| number.parse().is_ok_and(|number: u32| number >= 90))
+    }
+
     /// Whether a GPU of this compute capability can run it. A cubin runs on its own major version from
     /// its minor on (an `a` on exactly its own); PTX on all newer ones, after the driver compiled it.
     fn runs_on(&self, major: u32, minor: u32) -> bool {
@@ -70,6 +77,20 @@ mod tests {
     }
 
     #[test]
+    fn kernels_for_hopper_and_later_wait_for_their_predecessors() {
+        for (architecture, waits) in [
+            ("sm_80", false),
+            ("sm_89", false),
+            ("sm_90a", true),
+            ("sm_100a", true),
+            ("compute_80", false),
+        ] {
+            let image = image(architecture, "cubin");
+            assert_eq!(image.waits_for_predecessors(), waits, "{architecture}");
+        }
+    }
+
+    #[test]
     fn images_run_where_nvidia_says() {
         assert!(image("sm_80", "cubin").runs_on(8, 0));
         assert!(image("sm_80", "cubin").runs_on(8, 6));
@@ -96,7 +117,9 @@ mod tests {
             (12, 0, "compute_80"),
         ] {
             let chosen = best_for(major, minor);
-            assert_eq!(chosen.len(), files.len());
+            // One file is for Hopper alone.
+            let others = best != "sm_90a" && files.contains("matmul_wgmma");
+            assert_eq!(chosen.len() + usize::from(others), files.len());
             // An older nvcc knows fewer architectures; then PTX stands in.
             let built = architectures().contains(&best);
             let expected = if built { best } else { "compute_80" };

@@ -2,6 +2,7 @@
 
 use super::device::{Address, Buffer, Device, DeviceError};
 use super::rope_append::layer_len;
+use super::step_memory::StepMemory;
 use crate::backend::{KvShape, PageId};
 use half::bf16;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ pub struct KvCache {
     shape: KvShape,
     /// Slabs come into being when a page of theirs is first used, and stay.
     slabs: Vec<Buffer<bf16>>,
+    memory: StepMemory,
 }
 
 impl KvCache {
@@ -22,11 +24,17 @@ impl KvCache {
             device: Arc::clone(device),
             shape,
             slabs: Vec::new(),
+            memory: StepMemory::default(),
         }
     }
 
     pub fn shape(&self) -> KvShape {
         self.shape
+    }
+
+    /// Of the steps that work on this cache.
+    pub fn memory(&mut self) -> &mut StepMemory {
+        &mut self.memory
     }
 
     /// Numbers of a page.
@@ -37,6 +45,11 @@ impl KvCache {
     /// Bytes of a page.
     pub fn page_bytes(shape: KvShape) -> usize {
         Self::page_len(shape) * size_of::<bf16>()
+    }
+
+    /// Bytes of all pages so far.
+    pub fn bytes(&self) -> usize {
+        self.slabs.len() * SLAB_PAGES * Self::page_bytes(self.shape)
     }
 
     /// The address of a page, which comes into being if need be.

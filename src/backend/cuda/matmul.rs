@@ -3,14 +3,10 @@
 use super::device::{Arguments, Buffer, Device, DeviceError};
 use super::matmul_skinny::{MAX_ROWS, matmul_skinny};
 use super::matmul_tiled::matmul_tiled;
+use super::weights::Weights;
 use crate::arguments;
 use crate::model::config::Activation;
 use half::bf16;
-
-/// Numbers between two rows of weights, and of inputs: sixteen bytes are copied at a time.
-pub fn stride(in_features: usize) -> usize {
-    in_features.next_multiple_of(8)
-}
 
 /// Where a gate and an up projection lie in one matrix: sixteen gates, their sixteen ups, and so on.
 /// `width` gates; rows beyond them are zeros.
@@ -39,7 +35,7 @@ pub struct Shape {
     pub rows: usize,
     /// Rows of the weights.
     pub out_features: usize,
-    /// Numbers of a row of inputs or weights: [`stride`].
+    /// Numbers of a row of inputs or weights: [`Form::stride`](super::weights::Form::stride).
     pub stride: usize,
     /// Numbers of a row of results.
     pub width: usize,
@@ -49,8 +45,8 @@ pub struct Shape {
 pub struct Operands<'a> {
     /// [rows, stride]
     pub x: &'a Buffer<bf16>,
-    /// [out_features, stride]
-    pub weight: &'a Buffer<bf16>,
+    /// `out_features` rows.
+    pub weight: &'a Weights,
     pub bias: Option<&'a Buffer<f32>>,
     pub epilogue: Epilogue,
     pub shape: Shape,
@@ -59,28 +55,35 @@ pub struct Operands<'a> {
 }
 
 impl Operands<'_> {
-    /// As every product takes them.
-    pub(super) fn arguments(&self) -> Arguments {
-        let (code, cap) = match self.epilogue {
-            Epilogue::Store => (0u32, 1.0f32),
+    /// `Epilogue` of `kernels/matmul.cuh`, and its cap.
+    pub(super) fn epilogue_code(&self) -> (u32, f32) {
+        match self.epilogue {
+            Epilogue::Store => (0, 1.0),
             Epilogue::Add => (1, 1.0),
             Epilogue::Gated(Activation::Silu) => (2, 1.0),
             Epilogue::Gated(Activation::GeluTanh) => (3, 1.0),
             Epilogue::Softcap(cap) => (4, cap),
-        };
+        }
+    }
+
+    /// As [`matmul_skinny`] and [`matmul_tiled`] take them.
+    pub(super) fn arguments(&self) -> Arguments {
+        let (code, cap) = self.epilogue_code();
         let shape = self.shape;
-        arguments![
-            self.x,
-            self.weight,
-            self.bias,
-            shape.rows as u32,
-            shape.out_features as u32,
-            shape.stride as u32,
-            code,
-            cap,
-            shape.width as u32,
-            self.out,
-        ]
+        let operands = match self.weight {
+            Weights::Bf16(numbers) => arguments![self.x, numbers],
+            Weights::Int8 { codes, scales } => arguments![self.x, codes, scales],
+            Weights::Fp8 { codes, scales } => arguments![self.x, codes, scales],
+        };
+        operands
+            .with(self.bias)
+            .with(shape.rows as u32)
+            .with(shape.out_features as u32)
+            .with(shape.stride as u32)
+            .with(code)
+            .with(cap)
+            .with(shape.width as u32)
+            .with(self.out)
     }
 }
 
@@ -96,7 +99,8 @@ pub fn matmul(device: &dyn Device, operands: &Operands) -> Result<(), DeviceErro
 #[cfg(test)]
 mod tests {
     use super::super::matmul_tiled::matmul_tiled;
-    use super::super::testing::{assert_within, device, random, to_bf16};
+    use super::super::testing::{HostWeights, assert_within, device, random, to_bf16};
+    use super::super::weights::Form;
     use super::*;
     use std::sync::Arc;
 
@@ -105,7 +109,7 @@ mod tests {
 
     struct Case {
         x: Vec<bf16>,
-        weight: Vec<bf16>,
+        weight: HostWeights,
         bias: Option<Vec<f32>>,
         before: Vec<f32>,
         shape: Shape,
@@ -116,26 +120,32 @@ mod tests {
         values.iter().map(|x| x.to_bits()).collect()
     }
 
-    fn padded(seed: u64, rows: usize, inputs: usize) -> Vec<bf16> {
-        let mut values = to_bf16(&random(seed, rows * stride(inputs)));
-        for row in values.chunks_mut(stride(inputs)) {
+    fn padded(seed: u64, rows: usize, inputs: usize, stride: usize) -> Vec<bf16> {
+        let mut values = to_bf16(&random(seed, rows * stride));
+        for row in values.chunks_mut(stride) {
             row[inputs..].fill(bf16::ZERO);
         }
         values
     }
 
     impl Case {
-        fn new(rows: usize, inputs: usize, width: usize, gated: bool, bias: bool) -> Case {
+        fn new(
+            form: Form,
+            (rows, inputs, width): (usize, usize, usize),
+            gated: bool,
+            bias: bool,
+        ) -> Case {
             let out_features = if gated { gated_rows(width) } else { width };
+            let stride = form.stride(inputs);
             Case {
-                x: padded(1, rows, inputs),
-                weight: padded(2, out_features, inputs),
+                x: padded(1, rows, inputs, stride),
+                weight: HostWeights::new(form, &random(2, out_features * inputs), inputs),
                 bias: bias.then(|| random(3, if gated { 2 * width } else { width })),
                 before: random(4, rows * width),
                 shape: Shape {
                     rows,
                     out_features,
-                    stride: stride(inputs),
+                    stride,
                     width,
                 },
                 inputs,
@@ -146,8 +156,8 @@ mod tests {
             let buffer = |v: &[f32]| Buffer::from_slice(device, v, "in").unwrap();
             let out = buffer(&self.before);
             let bias = self.bias.as_deref().map(buffer);
-            let [x, weight] =
-                [&self.x, &self.weight].map(|v| Buffer::from_slice(device, v, "in").unwrap());
+            let x = Buffer::from_slice(device, &self.x, "in").unwrap();
+            let weight = self.weight.upload(device);
             let operands = Operands {
                 x: &x,
                 weight: &weight,
@@ -164,10 +174,9 @@ mod tests {
             let Shape { width, stride, .. } = self.shape;
             let dot = |row: usize, output: usize| {
                 let x = &self.x[row * stride..][..self.inputs];
-                let w = &self.weight[output * stride..][..self.inputs];
-                x.iter()
-                    .zip(w)
-                    .map(|(x, w)| x.to_f64() * w.to_f64())
+                let products = x.iter().enumerate();
+                products
+                    .map(|(i, x)| x.to_f64() * self.weight.value(output, i))
                     .sum::<f64>()
             };
             let bias = |i: usize| self.bias.as_ref().map_or(0.0, |bias| f64::from(bias[i]));
@@ -218,7 +227,7 @@ mod tests {
             Epilogue::Gated(Activation::GeluTanh),
             Epilogue::Softcap(3.0),
         ];
-        for (i, (rows, inputs, width)) in [
+        for (i, size) in [
             (1, 8, 1),
             (1, 576, 40),
             (3, 100, 33),
@@ -232,13 +241,22 @@ mod tests {
         .into_iter()
         .enumerate()
         {
-            for epilogue in [epilogues[i % 5], epilogues[(i + 2) % 5]] {
-                let gated = matches!(epilogue, Epilogue::Gated(_));
-                let case = Case::new(rows, inputs, width, gated, i % 2 == 1);
-                let expected = case.in_f64(epilogue);
-                let by = KERNELS.map(|kernel| case.run(&device, epilogue, kernel));
-                assert_within(&by[0], &expected, |e| bound(inputs, e));
-                assert_eq!(bits(&by[0]), bits(&by[1]), "{rows} rows, {inputs} inputs");
+            for (j, form) in Form::ALL.into_iter().enumerate() {
+                let both = [epilogues[i % 5], epilogues[(i + 2) % 5]];
+                // Of codes, one of the two in turns.
+                let some = if j == 0 {
+                    &both[..]
+                } else {
+                    &both[(i + j) % 2..][..1]
+                };
+                for &epilogue in some {
+                    let gated = matches!(epilogue, Epilogue::Gated(_));
+                    let case = Case::new(form, size, gated, i % 2 == 1);
+                    let expected = case.in_f64(epilogue);
+                    let by = KERNELS.map(|kernel| case.run(&device, epilogue, kernel));
+                    assert_within(&by[0], &expected, |e| bound(size.1, e));
+                    assert_eq!(bits(&by[0]), bits(&by[1]), "{form:?}, {size:?}");
+                }
             }
         }
     }
@@ -247,30 +265,28 @@ mod tests {
     fn a_row_of_a_batch_has_the_bits_of_the_row_alone() {
         let device = device();
         let (inputs, width) = (400, 48);
-        let alone = |case: &Case, row: usize| {
-            let stride = case.shape.stride;
-            let one = Case {
-                x: case.x[row * stride..][..stride].to_vec(),
-                weight: case.weight.clone(),
-                bias: case.bias.clone(),
-                before: case.before[row * width..][..width].to_vec(),
-                shape: Shape {
-                    rows: 1,
-                    ..case.shape
-                },
-                inputs,
-            };
-            one.run(&device, Epilogue::Add, matmul)
-        };
-        for rows in [2, 9, 20, 40, 70, 130] {
-            let case = Case::new(rows, inputs, width, false, true);
-            let together = case.run(&device, Epilogue::Add, matmul);
-            for row in [0, rows / 2, rows - 1] {
-                assert_eq!(
-                    bits(&together[row * width..][..width]),
-                    bits(&alone(&case, row)),
-                    "row {row} of {rows}"
-                );
+        for form in Form::ALL {
+            for rows in [2, 9, 20, 40, 70, 130] {
+                let case = Case::new(form, (rows, inputs, width), false, true);
+                let together = case.run(&device, Epilogue::Add, matmul);
+                for row in [0, rows / 2, rows - 1] {
+                    let stride = case.shape.stride;
+                    let one = Case {
+                        x: case.x[row * stride..][..stride].to_vec(),
+                        before: case.before[row * width..][..width].to_vec(),
+                        shape: Shape {
+                            rows: 1,
+                            ..case.shape
+                        },
+                        // The same weights: they are drawn from the same seed.
+                        ..Case::new(form, (1, inputs, width), false, true)
+                    };
+                    assert_eq!(
+                        bits(&together[row * width..][..width]),
+                        bits(&one.run(&device, Epilogue::Add, matmul)),
+                        "{form:?}, row {row} of {rows}"
+                    );
+                }
             }
         }
     }

@@ -1,39 +1,42 @@
-//! Weights as the products take them: bfloat16, rows padded to whole sixteen bytes.
+//! Weights as the products take them: rows padded to whole sixteen bytes, in one of the forms of
+//! [`weights`](super::weights).
 
-use super::device::{Buffer, Device, DeviceError};
-use super::matmul::{gated_row, gated_rows, stride};
-use crate::model::tensor::Tensor;
-use half::bf16;
-use rayon::prelude::*;
-use std::borrow::Cow;
+use super::device::{Device, DeviceError};
+use super::matmul::{gated_row, gated_rows};
+use super::weights::{
+    BLOCK, Form, Weights, int8_scale_at, int8_scales_len, interleave, quantize_fp8,
+};
+use crate::model::gguf::dequantize::dequantize_row;
+use crate::model::tensor::{Dtype, Tensor};
+use half::{bf16, f16};
 use std::sync::Arc;
-
-/// Rows that are widened, rounded and uploaded at a time: the host never holds a second copy of a
-/// large matrix.
-const ROWS_AT_A_TIME: usize = 1024;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A matrix `[out_features, in_features]`, or a gate and an up projection, interleaved.
 #[derive(Debug)]
 pub struct Matrix {
-    /// [out_features, stride], zeros from in_features on.
-    pub weight: Buffer<bf16>,
-    /// Rows of `weight`.
+    /// `out_features` rows of `stride` numbers, zeros from in_features on.
+    pub weight: Weights,
     pub out_features: usize,
     pub stride: usize,
     /// Numbers of a result's row: of a gated matrix, its gates.
     pub width: usize,
 }
 
+/// A stored row.
+type Row<'a> = (&'a Tensor<'a>, usize);
+
 impl Matrix {
-    /// Matrices with the same inputs, their outputs side by side. Whatever they are stored as becomes
-    /// bfloat16, rounded to nearest.
-    pub fn pack(device: &Arc<dyn Device>, parts: &[Tensor]) -> Result<Matrix, DeviceError> {
-        let out_features = parts.iter().map(Tensor::rows).sum();
-        let places: Vec<(&Tensor, usize)> = parts
-            .iter()
-            .flat_map(|part| (0..part.rows()).map(move |row| (part, row)))
-            .collect();
-        Matrix::upload(device, out_features, out_features, |row| Some(places[row]))
+    /// Matrices with the same inputs, their outputs side by side, in the form that [`Matrix::form_of`]
+    /// says.
+    pub fn pack(
+        device: &Arc<dyn Device>,
+        parts: &[Tensor],
+        fp8: bool,
+    ) -> Result<Matrix, DeviceError> {
+        let rows = |part| (0..Tensor::rows(part)).map(move |row| Some((part, row)));
+        let places: Vec<Option<Row>> = parts.iter().flat_map(rows).collect();
+        Matrix::upload(device, Matrix::form_of(parts, fp8), places.len(), &places)
     }
 
     /// A gate and an up projection as the gated products have them ([`gated_row`]).
@@ -41,6 +44,7 @@ impl Matrix {
         device: &Arc<dyn Device>,
         gate: &Tensor,
         up: &Tensor,
+        fp8: bool,
     ) -> Result<Matrix, DeviceError> {
         let width = gate.rows();
         let mut places = vec![None; gated_rows(width)];
@@ -49,33 +53,70 @@ impl Matrix {
                 places[gated_row(row, is_up)] = Some((tensor, row));
             }
         }
-        Matrix::upload(device, places.len(), width, |row| places[row])
+        let form = Matrix::form_of([gate, up], fp8);
+        Matrix::upload(device, form, width, &places)
     }
 
-    /// `source`: the stored row that a row is; `None` for zeros.
-    fn upload<'a>(
+    /// What parts of a matrix become: [`Form::of`] each where that is the same for all, else bfloat16,
+    /// rounded to nearest.
+    fn form_of<'a>(parts: impl IntoIterator<Item = &'a Tensor<'a>>, fp8: bool) -> Form {
+        let forms = parts.into_iter().map(|part| Form::of(part.dtype, fp8));
+        forms
+            .reduce(|a, b| if a == b { a } else { Form::Bf16 })
+            .unwrap_or(Form::Bf16)
+    }
+
+    /// `places`: the stored row that a row is; `None` for zeros.
+    fn upload(
         device: &Arc<dyn Device>,
-        out_features: usize,
+        form: Form,
         width: usize,
-        source: impl Fn(usize) -> Option<(&'a Tensor<'a>, usize)> + Sync,
+        places: &[Option<Row>],
     ) -> Result<Matrix, DeviceError> {
-        let in_features = source(0).map_or(0, |(tensor, _)| tensor.columns());
-        let stride = stride(in_features);
-        let mut weight = Buffer::new(device, out_features * stride, "a weight matrix")?;
-        let mut run = Vec::new();
-        for first in (0..out_features).step_by(ROWS_AT_A_TIME) {
-            let rows = ROWS_AT_A_TIME.min(out_features - first);
-            run.clear();
-            run.resize(rows * stride, bf16::ZERO);
-            let places = run.par_chunks_mut(stride).enumerate();
-            places.for_each(|(row, place)| {
-                if let Some((tensor, row)) = source(first + row) {
-                    for (to, x) in place.iter_mut().zip(row_of(tensor, row)) {
-                        *to = bf16::from_f32(x);
+        let out_features = places.len();
+        let first = places.iter().flatten().next();
+        let in_features = first.map_or(0, |(tensor, _)| tensor.columns());
+        let stride = form.stride(in_features);
+        let whole = out_features * stride;
+        let mut weight = Weights::new(device, form, out_features, in_features)?;
+        match &mut weight {
+            Weights::Bf16(numbers) => numbers.fill(0, whole, stride, |row, to| {
+                to.fill(bf16::ZERO);
+                for (to, x) in to.iter_mut().zip(widen(places[row])) {
+                    *to = bf16::from_f32(x);
+                }
+            })?,
+            Weights::Int8 { codes, scales } => {
+                codes.fill(0, whole, stride, |row, to| {
+                    to.fill(0);
+                    for (to, stored) in to.chunks_exact_mut(BLOCK).zip(blocks(places[row])) {
+                        to.copy_from_slice(&stored[2..]);
+                    }
+                    interleave(to);
+                })?;
+                let mut of_blocks = vec![f16::ZERO; int8_scales_len(out_features, in_features)];
+                for (row, place) in places.iter().enumerate() {
+                    for (block, stored) in blocks(*place).enumerate() {
+                        of_blocks[int8_scale_at(out_features, row, block)] =
+                            f16::from_le_bytes([stored[0], stored[1]]);
                     }
                 }
-            });
-            weight.write(first * stride, &run)?;
+                scales.write(0, &of_blocks)?;
+            }
+            Weights::Fp8 { codes, scales } => {
+                // Found where a row is rounded, on several threads.
+                let of_rows: Vec<AtomicU32> = places.iter().map(|_| AtomicU32::new(0)).collect();
+                codes.fill(0, whole, stride, |row, to| {
+                    to.fill(0);
+                    let scale = quantize_fp8(&widen(places[row]), to);
+                    interleave(to);
+                    of_rows[row].store(scale.to_bits(), Ordering::Relaxed);
+                })?;
+                let of_rows = of_rows
+                    .into_iter()
+                    .map(|scale| f32::from_bits(scale.into_inner()));
+                scales.write(0, &of_rows.collect::<Vec<_>>())?;
+            }
         }
         Ok(Matrix {
             weight,
@@ -87,24 +128,31 @@ impl Matrix {
 
     /// Bytes on the device.
     pub fn bytes(&self) -> usize {
-        self.weight.len() * size_of::<bf16>()
+        self.weight.bytes()
     }
 }
 
-fn row_of(tensor: &Tensor, row: usize) -> Vec<f32> {
-    let row = Tensor {
-        dtype: tensor.dtype,
-        shape: vec![1, tensor.columns()],
-        data: Cow::Borrowed(tensor.row(row)),
+/// A stored row as float32; nothing where there is none.
+fn widen(place: Option<Row>) -> Vec<f32> {
+    let Some((tensor, index)) = place else {
+        return Vec::new();
     };
-    row.to_f32()
+    let mut row = vec![0.0; tensor.columns()];
+    dequantize_row(tensor.dtype, tensor.row(index), &mut row);
+    row
+}
+
+/// The blocks of a row of Q8_0: a float16 scale and 32 bytes each.
+fn blocks<'a>(place: Option<Row<'a>>) -> impl Iterator<Item = &'a [u8]> {
+    let bytes = place.map_or(&[][..], |(tensor, row)| tensor.row(row));
+    bytes.chunks_exact(Dtype::Q8_0.block_bytes())
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::testing::{device, random, to_bf16};
     use super::*;
-    use crate::model::tensor::Dtype;
+    use std::borrow::Cow;
 
     fn tensor(seed: u64, rows: usize, columns: usize) -> (Tensor<'static>, Vec<bf16>) {
         let values = random(seed, rows * columns);
@@ -117,13 +165,33 @@ mod tests {
         (tensor, to_bf16(&values))
     }
 
+    fn numbers(matrix: &Matrix) -> Vec<bf16> {
+        let Weights::Bf16(numbers) = &matrix.weight else {
+            panic!("{:?}", matrix.weight.form());
+        };
+        numbers.read(0, numbers.len()).unwrap()
+    }
+
+    #[test]
+    fn the_form_follows_from_what_is_stored() {
+        let plain = tensor(1, 2, 64).0;
+        let q8 = plain.to_q8_0().unwrap();
+        let form = |parts: &[&Tensor], fp8| Matrix::form_of(parts.iter().copied(), fp8);
+        assert_eq!(form(&[&plain, &plain], false), Form::Bf16);
+        assert_eq!(form(&[&plain, &plain], true), Form::Fp8);
+        for fp8 in [false, true] {
+            assert_eq!(form(&[&q8, &q8], fp8), Form::Int8);
+            assert_eq!(form(&[&q8, &plain], fp8), Form::Bf16);
+        }
+    }
+
     #[test]
     fn parts_follow_each_other_and_rows_are_padded() {
         let device = device();
         let ((a, in_a), (b, in_b)) = (tensor(1, 3, 20), tensor(2, 1030, 20));
-        let matrix = Matrix::pack(&device, &[a, b]).unwrap();
+        let matrix = Matrix::pack(&device, &[a, b], false).unwrap();
         assert_eq!((matrix.out_features, matrix.stride), (1033, 24));
-        let got = matrix.weight.read(0, 1033 * 24).unwrap();
+        let got = numbers(&matrix);
         for (row, expected) in in_a.chunks(20).chain(in_b.chunks(20)).enumerate() {
             assert_eq!(got[row * 24..][..20], *expected);
             assert_eq!(got[row * 24 + 20..][..4], [bf16::ZERO; 4]);
@@ -134,9 +202,9 @@ mod tests {
     fn gates_and_ups_take_turns() {
         let device = device();
         let ((gate, in_gate), (up, in_up)) = (tensor(1, 37, 8), tensor(2, 37, 8));
-        let matrix = Matrix::pack_gated(&device, &gate, &up).unwrap();
+        let matrix = Matrix::pack_gated(&device, &gate, &up, false).unwrap();
         assert_eq!((matrix.out_features, matrix.width), (96, 37));
-        let got = matrix.weight.read(0, 96 * 8).unwrap();
+        let got = numbers(&matrix);
         let mut zeros = 96;
         for (values, is_up) in [(in_gate, false), (in_up, true)] {
             for (row, expected) in values.chunks(8).enumerate() {

@@ -1,6 +1,6 @@
 //! `kernels/norm.cu`
 
-use super::device::{Buffer, Device, DeviceError, Launch};
+use super::device::{Buffer, Device, DeviceError, Launch, Slice};
 use crate::arguments;
 use half::bf16;
 
@@ -20,7 +20,7 @@ fn shape(rows: usize) -> Launch {
 pub fn norm_rows(
     device: &dyn Device,
     x: &Buffer<f32>,
-    of: Option<&Buffer<u32>>,
+    of: Option<Slice<u32>>,
     weight: &Buffer<f32>,
     epsilon: f32,
     (rows, width, stride): (usize, usize, usize),
@@ -132,7 +132,7 @@ mod tests {
             assert!(got.iter().copied().eq(expected.chain([bf16::ZERO; 4])));
         }
 
-        let norm = |of: Option<&Buffer<u32>>, rows| {
+        let norm = |of: Option<Slice<u32>>, rows| {
             norm_rows(
                 &*device,
                 &on_device,
@@ -147,7 +147,7 @@ mod tests {
         };
         let all = norm(None, rows);
         let of = Buffer::from_slice(&device, &[3u32, 1], "rows").unwrap();
-        let gathered = norm(Some(&of), 2);
+        let gathered = norm(Some(of.slice()), 2);
         assert_eq!(gathered[..stride], all[3 * stride..]);
         assert_eq!(gathered[stride..], all[stride..2 * stride]);
     }

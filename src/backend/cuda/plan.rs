@@ -1,55 +1,87 @@
 //! A batch, laid out for the kernels.
 
-use super::attention_plan::{AttentionPlan, Group, Segment};
-use super::device::{Address, Buffer, Device, DeviceError};
+use super::attention_plan::{AttentionPlan, Group, Jobs, Parts, Segment};
+use super::device::{Address, Buffer, Device, DeviceError, Slice};
+use super::graphs::{self, Graphs, Key, bucket};
 use super::kv_cache::KvCache;
+use super::sample::{self, Edit, PlannedDraws};
+use super::step_memory::{Layout, Packer};
 use crate::backend::cpu::rope::Angles;
-use crate::backend::{Batch, PAGE_LEN};
+use crate::backend::{Batch, Draws, PAGE_LEN};
 use crate::model::config::Rope;
 use std::sync::{Arc, Mutex};
 
-/// Where each row of a batch stands, on the device.
+/// Where each row of a batch stands, on the device, and what is drawn from it.
+///
+/// All arrays are sent in one copy. A decode step's have more places than rows, up to the next
+/// [`bucket`]: rows beyond the batch's have no page, no attention and no draw, and what is computed
+/// for them is read by nobody.
 pub struct Plan {
+    /// With those beyond the batch's.
     pub rows: usize,
-    pub tokens: Buffer<u32>,
-    pub positions: Buffer<u32>,
+    pub tokens: Slice<u32>,
+    pub positions: Slice<u32>,
     /// The page of each row's token, and its place there.
-    pub pages: Buffer<Address>,
-    pub slots: Buffer<u32>,
+    pub pages: Slice<Address>,
+    pub slots: Slice<u32>,
     /// Pages that rows attend to, and how.
-    pub tables: Buffer<Address>,
+    pub tables: Slice<Address>,
     pub attention: AttentionPlan,
-    angles: Vec<(Rope, Arc<Buffer<f32>>)>,
+    angles: RopeAngles,
+    pub draws: Option<DrawPlan>,
+    /// Where the step may be recorded, and as what.
+    pub graph: Option<(Arc<Mutex<Graphs>>, Key)>,
 }
 
-impl Plan {
-    pub fn new(
-        device: &Arc<dyn Device>,
-        batch: &Batch,
-        ropes: &[&Rope],
-        kv: &mut KvCache,
-        tables_of_angles: &AngleTables,
-    ) -> Result<Plan, DeviceError> {
-        let rows = batch.tokens.len();
-        let mut positions = Vec::with_capacity(rows);
-        let (mut pages, mut slots) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
-        let (mut tables, mut groups) = (Vec::new(), Vec::with_capacity(batch.groups.len()));
+/// The angles of each rope ([`AngleTables`]).
+type RopeAngles = Vec<(Rope, Arc<Buffer<f32>>)>;
+
+/// What is drawn.
+pub struct DrawPlan {
+    /// Rows whose logits are computed, with those beyond the batch's.
+    pub logits: Slice<u32>,
+    pub on_device: PlannedDraws,
+    pub on_host: sample::Draws,
+}
+
+/// What a plan is made with.
+pub struct Planner<'a> {
+    pub device: &'a Arc<dyn Device>,
+    pub layout: &'a Layout,
+    pub angles: &'a AngleTables,
+    /// Whether steps may be recorded.
+    pub records: bool,
+}
+
+/// Rows of a batch, on the host.
+#[derive(Default)]
+struct Layed {
+    positions: Vec<u32>,
+    pages: Vec<Address>,
+    slots: Vec<u32>,
+    tables: Vec<Address>,
+    groups: Vec<Group>,
+}
+
+impl Layed {
+    fn new(batch: &Batch, kv: &mut KvCache) -> Result<Layed, DeviceError> {
+        let mut layed = Layed::default();
         for group in &batch.groups {
-            let prefix_table = tables.len();
+            let prefix_table = layed.tables.len();
             for &page in &group.prefix {
-                tables.push(kv.reserve(page)?);
+                layed.tables.push(kv.reserve(page)?);
             }
             let mut segments = Vec::with_capacity(group.segments.len());
             for segment in &group.segments {
-                let own_table = tables.len();
+                let own_table = layed.tables.len();
                 let end = segment.start + segment.rows;
                 for &page in &segment.pages[..end.div_ceil(PAGE_LEN)] {
-                    tables.push(kv.reserve(page)?);
+                    layed.tables.push(kv.reserve(page)?);
                 }
                 for own in segment.start..end {
-                    pages.push(tables[own_table + own / PAGE_LEN]);
-                    slots.push((own % PAGE_LEN) as u32);
-                    positions.push((group.prefix_len + own) as u32);
+                    layed.pages.push(layed.tables[own_table + own / PAGE_LEN]);
+                    layed.slots.push((own % PAGE_LEN) as u32);
+                    layed.positions.push((group.prefix_len + own) as u32);
                 }
                 segments.push(Segment {
                     table: own_table,
@@ -57,34 +89,123 @@ impl Plan {
                     rows: segment.rows,
                 });
             }
-            groups.push(Group {
+            layed.groups.push(Group {
                 prefix_table,
                 prefix_len: group.prefix_len,
                 segments,
             });
         }
         assert_eq!(
-            positions.len(),
-            rows,
+            layed.positions.len(),
+            batch.tokens.len(),
             "the groups of a batch cover its rows"
         );
-        let positions_in_use = positions.iter().max().map_or(0, |&last| last as usize + 1);
-        let mut angles: Vec<(Rope, Arc<Buffer<f32>>)> = Vec::new();
-        for &rope in ropes {
-            if !angles.iter().any(|(known, _)| known == rope) {
-                let table = tables_of_angles.of(device, rope, positions_in_use)?;
-                angles.push((rope.clone(), table));
+        Ok(layed)
+    }
+}
+
+/// Whether every row is a candidate's next token: such steps follow each other, differ in what they
+/// are sent, and are recorded. A prompt's rows, and candidates that catch up, are launched as they are.
+fn is_decode(batch: &Batch) -> bool {
+    let mut segments = batch.groups.iter().flat_map(|group| &group.segments);
+    batch.tokens.len() <= graphs::MAX_ROWS
+        && batch.groups.iter().all(|group| group.prefix_len > 0)
+        && segments.all(|segment| segment.rows == 1)
+}
+
+impl Plan {
+    pub fn new(
+        planner: &Planner,
+        batch: &Batch,
+        draws: Option<&Draws>,
+        ropes: &[&Rope],
+        kv: &mut KvCache,
+    ) -> Result<Plan, DeviceError> {
+        let Planner {
+            device,
+            layout,
+            angles,
+            records,
+        } = *planner;
+        let layed = Layed::new(batch, kv)?;
+        let positions_in_use = layed.positions.iter().max().map_or(0, |&p| p as usize + 1);
+        let angles = angles.of_all(device, layout, ropes, positions_in_use)?;
+        let jobs = Jobs::new(&layed.groups, kv.shape());
+        let recorded = records && draws.is_some() && is_decode(batch);
+        let places = |count: usize| if recorded { bucket(count) } else { count };
+        let rows = places(batch.tokens.len());
+        let key = draws.filter(|_| recorded).map(|draws| {
+            let (prefix, suffix) = jobs.counts();
+            Key {
+                rows,
+                logits: places(draws.rows.len()),
+                draws: places(draws.draws.len()),
+                prefix: places(prefix),
+                suffix: places(suffix),
+                is_plain: jobs.is_plain(),
+                what: Vec::new(),
             }
+        });
+
+        // First what the kernels are given the address of: its place follows from the key. Then what
+        // they find by an index.
+        let queries = (jobs.parts(kv.shape()), kv.shape().head_dim);
+        let mut packer = Packer::default();
+        let tokens = packer.push(&batch.tokens, rows, 0);
+        let positions = packer.push(&layed.positions, rows, 0);
+        let pages = packer.push(&layed.pages, rows, 0);
+        let slots = packer.push(&layed.slots, rows, 0);
+        let mut on_host = draws.map(|draws| {
+            let logits = packer.push(draws.rows, places(draws.rows.len()), 0);
+            (logits, sample::Draws::new(draws.draws, draws.vocab_size))
+        });
+        let draw_places = draws.map_or(0, |draws| places(draws.draws.len()));
+        let vocab_size = draws.map_or(0, |draws| draws.vocab_size);
+        let first_table = {
+            let mut behind = packer.next_index::<[u8; 16]>() * 16 + jobs.packed_bytes(places);
+            behind += draw_places * size_of::<sample::Draw>() + 16;
+            behind.div_ceil(size_of::<Address>())
+        };
+        let first_edit = (first_table + layed.tables.len()) * size_of::<Address>();
+        let first_edit = first_edit.div_ceil(size_of::<Edit>());
+        let jobs = jobs.pack(&mut packer, places, first_table);
+        let packed_draws = on_host.as_mut().map(|(_, draws)| {
+            draws.begin_edits_at(first_edit);
+            draws.pack(&mut packer, draw_places)
+        });
+        packer.push_indexed(first_table, &layed.tables);
+        if let Some((_, draws)) = &on_host {
+            packer.push_indexed(first_edit, draws.edits());
         }
+
+        let memory = kv.memory();
+        let base = memory.send(device, layout, &packer)?;
+        let (statistics, totals) = memory.parts(device, layout, queries)?;
+        let draws = match (on_host, packed_draws) {
+            (Some((logits, on_host)), Some(packed)) => Some(DrawPlan {
+                logits: logits.at(base),
+                on_device: on_host.plan(
+                    device,
+                    layout,
+                    &mut memory.draws,
+                    (packed.at(base), base),
+                    vocab_size,
+                )?,
+                on_host,
+            }),
+            _ => None,
+        };
         Ok(Plan {
             rows,
-            tokens: Buffer::from_slice(device, &batch.tokens, "tokens")?,
-            positions: Buffer::from_slice(device, &positions, "positions")?,
-            pages: Buffer::from_slice(device, &pages, "pages of rows")?,
-            slots: Buffer::from_slice(device, &slots, "places in pages")?,
-            tables: Buffer::from_slice(device, &tables, "page tables")?,
-            attention: AttentionPlan::new(device, &groups, kv.shape())?,
+            tokens: tokens.at(base),
+            positions: positions.at(base),
+            pages: pages.at(base),
+            slots: slots.at(base),
+            tables: Slice::at(base, first_table + layed.tables.len()),
+            attention: jobs.at(base, Parts { statistics, totals }),
             angles,
+            draws,
+            graph: key.map(|key| (Arc::clone(&memory.graphs), key)),
         })
     }
 
@@ -109,9 +230,26 @@ struct Table {
 }
 
 impl AngleTables {
+    fn of_all(
+        &self,
+        device: &Arc<dyn Device>,
+        layout: &Layout,
+        ropes: &[&Rope],
+        positions: usize,
+    ) -> Result<RopeAngles, DeviceError> {
+        let mut angles = RopeAngles::new();
+        for &rope in ropes {
+            if !angles.iter().any(|(known, _)| known == rope) {
+                angles.push((rope.clone(), self.of(device, layout, rope, positions)?));
+            }
+        }
+        Ok(angles)
+    }
+
     fn of(
         &self,
         device: &Arc<dyn Device>,
+        layout: &Layout,
         rope: &Rope,
         positions: usize,
     ) -> Result<Arc<Buffer<f32>>, DeviceError> {
@@ -126,6 +264,7 @@ impl AngleTables {
         let positions = positions.next_power_of_two().max(256);
         let all: Vec<u32> = (0..positions as u32).collect();
         let values = Angles::new(rope, &all);
+        layout.moved();
         let angles = Arc::new(Buffer::from_slice(
             device,
             values.values(),

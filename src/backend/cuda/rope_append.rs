@@ -1,6 +1,6 @@
 //! `kernels/rope_append.cu`
 
-use super::device::{Address, Buffer, Device, DeviceError, Launch};
+use super::device::{Address, Buffer, Device, DeviceError, Launch, Slice};
 use crate::arguments;
 use crate::backend::{KvShape, PAGE_LEN};
 
@@ -23,11 +23,11 @@ pub struct Rows<'a> {
     /// [positions][cos × pairs | sin × pairs]
     pub angles: &'a Buffer<f32>,
     pub pairs: usize,
-    pub positions: &'a Buffer<u32>,
-    /// The page of each row's token.
-    pub pages: &'a Buffer<Address>,
+    pub positions: Slice<u32>,
+    /// The page of each row's token; 0: the row is left alone.
+    pub pages: Slice<Address>,
     /// The token's place in its page.
-    pub slots: &'a Buffer<u32>,
+    pub slots: Slice<u32>,
 }
 
 /// Normalises (where asked) and rotates queries in place; appends keys and values to their pages.
@@ -80,15 +80,20 @@ mod tests {
         } = shape;
         let (rows, positions, layer) = (5, 40, layers - 1);
         let width = (heads + 2 * kv_heads) * head_dim;
-        let qkv = random(1, rows * width);
+        // One row more, which has no page.
+        let qkv = random(1, (rows + 1) * width);
         let angles = random(2, positions * 2 * pairs);
         let norms = [random(3, head_dim), random(4, head_dim)];
-        let at: Vec<u32> = (0..rows).map(|r| (r * 17 % positions) as u32).collect();
-        let slots: Vec<u32> = (0..rows).map(|r| (r * 5 % PAGE_LEN) as u32).collect();
+        let at: Vec<u32> = (0..=rows).map(|r| (r * 17 % positions) as u32).collect();
+        let slots: Vec<u32> = (0..=rows).map(|r| (r * 5 % PAGE_LEN) as u32).collect();
         let pages: Vec<Buffer<bf16>> = (0..2)
             .map(|_| Buffer::new(&device, layers * layer_len(shape), "page").unwrap())
             .collect();
-        let addresses: Vec<Address> = (0..rows).map(|r| pages[r % 2].address()).collect();
+        let of_rows = (0..rows).map(|r| pages[r % 2].address());
+        let addresses: Vec<Address> = of_rows.chain([0]).collect();
+        let at_on_device = Buffer::from_slice(&device, &at, "positions").unwrap();
+        let addresses = Buffer::from_slice(&device, &addresses, "pages").unwrap();
+        let slots_on_device = Buffer::from_slice(&device, &slots, "slots").unwrap();
 
         let buffer = |v: &[f32]| Buffer::from_slice(&device, v, "in").unwrap();
         let norm_buffers = norms.each_ref().map(|v| buffer(v));
@@ -97,12 +102,12 @@ mod tests {
             &*device,
             &on_device,
             &Rows {
-                rows,
+                rows: rows + 1,
                 angles: &buffer(&angles),
                 pairs,
-                positions: &Buffer::from_slice(&device, &at, "positions").unwrap(),
-                pages: &Buffer::from_slice(&device, &addresses, "pages").unwrap(),
-                slots: &Buffer::from_slice(&device, &slots, "slots").unwrap(),
+                positions: at_on_device.slice(),
+                pages: addresses.slice(),
+                slots: slots_on_device.slice(),
             },
             match normed {
                 true => (Some(&norm_buffers[0]), Some(&norm_buffers[1])),
@@ -114,7 +119,8 @@ mod tests {
         )
         .unwrap();
 
-        let got = on_device.read(0, rows * width).unwrap();
+        let got = on_device.read(0, (rows + 1) * width).unwrap();
+        assert_eq!(got[rows * width..], qkv[rows * width..]);
         for row in 0..rows {
             let head_in_f64 = |head: usize| {
                 let x = &qkv[row * width + head * head_dim..][..head_dim];

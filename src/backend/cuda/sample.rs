@@ -1,6 +1,7 @@
 //! `kernels/sample.cu`
 
-use super::device::{Buffer, Device, DeviceError, Launch, Plain};
+use super::device::{Address, Buffer, Device, DeviceError, Launch, Plain, Slice};
+use super::step_memory::{Growing, Layout, Packer, Section};
 use super::token_logprobs::bytes_of_sums;
 use crate::arguments;
 use crate::backend::BackendError;
@@ -16,7 +17,7 @@ const NONE: u32 = u32::MAX;
 /// `Draw` of the kernel, field for field.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-struct Draw {
+pub struct Draw {
     seed: u64,
     row: u32,
     candidate: u32,
@@ -40,7 +41,7 @@ const _: () = assert!(size_of::<Draw>() == 8 + 14 * 4);
 /// `Edit` of the kernel: a bias, or that the token stands in the text so far.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-struct Edit {
+pub struct Edit {
     token: u32,
     bias: f32,
     penalised: u32,
@@ -51,7 +52,7 @@ unsafe impl Plain for Edit {}
 /// `Drawn` of the kernel.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
-struct Drawn {
+pub struct Drawn {
     sum: f64,
     sum_exp: f64,
     max: f32,
@@ -65,9 +66,28 @@ unsafe impl Plain for Drawn {}
 const NOT_FINITE: u32 = 1;
 const NOTHING_POSSIBLE: u32 = 2;
 
+/// Nothing to be drawn.
+const NO_DRAW: Draw = Draw {
+    seed: 0,
+    row: NONE,
+    candidate: 0,
+    position: 0,
+    first_edit: 0,
+    edits: 0,
+    adjusted: NONE,
+    first_top: 0,
+    tops: 0,
+    top_k: 0,
+    inverse_temperature: 0.0,
+    repetition_penalty: 1.0,
+    top_p: 1.0,
+    min_p: 0.0,
+    padding: 0,
+};
+
 /// The draws of a batch as the kernel takes them.
 #[derive(Default)]
-struct Draws {
+pub struct Draws {
     draws: Vec<Draw>,
     edits: Vec<Edit>,
     /// Draws with edits, and tokens that are reported.
@@ -75,7 +95,87 @@ struct Draws {
     tops: u32,
 }
 
+/// What draws leave behind on the device.
+#[derive(Default)]
+pub struct DrawMemory {
+    adjusted: Growing<f32>,
+    tops: Growing<u32>,
+    top_logits: Growing<f32>,
+    out: Growing<Drawn>,
+}
+
+/// Draws on the device, and where their results go.
+#[derive(Clone, Copy, Debug)]
+pub struct PlannedDraws {
+    /// More than there are, where a step is recorded.
+    draws: Slice<Draw>,
+    /// Counted from the start of what the step is sent.
+    edits: Slice<Edit>,
+    adjusted: Slice<f32>,
+    tops: Slice<u32>,
+    top_logits: Slice<f32>,
+    out: Slice<Drawn>,
+}
+
 impl Draws {
+    pub fn new(rows: &[SampleRow], vocab_size: usize) -> Draws {
+        let mut draws = Draws::default();
+        for row in rows {
+            draws.push(row, vocab_size);
+        }
+        draws
+    }
+
+    /// Packs the draws, with room for so many.
+    pub fn pack(&self, packer: &mut Packer, places: usize) -> Section<Draw> {
+        packer.push(&self.draws, places, NO_DRAW)
+    }
+
+    /// Tells the draws where their edits will be.
+    pub fn begin_edits_at(&mut self, first: usize) {
+        for draw in &mut self.draws {
+            draw.first_edit += first as u32;
+        }
+    }
+
+    pub fn edits(&self) -> &[Edit] {
+        &self.edits
+    }
+
+    /// Draws at `draws`, their edits counted from `base`.
+    pub fn plan(
+        &self,
+        device: &Arc<dyn Device>,
+        layout: &Layout,
+        memory: &mut DrawMemory,
+        (draws, base): (Slice<Draw>, Address),
+        vocab_size: usize,
+    ) -> Result<PlannedDraws, DeviceError> {
+        let tops = self.tops as usize;
+        let adjusted = self.adjusted as usize * vocab_size;
+        let (changed, reported) = ("changed logits", "most probable tokens");
+        Ok(PlannedDraws {
+            draws,
+            edits: Slice::at(base, 0),
+            adjusted: memory
+                .adjusted
+                .at_least(device, layout, adjusted, changed)?
+                .slice(),
+            tops: memory
+                .tops
+                .at_least(device, layout, tops, reported)?
+                .slice(),
+            top_logits: memory
+                .top_logits
+                .at_least(device, layout, tops, reported)?
+                .slice(),
+            out: memory
+                .out
+                .at_least(device, layout, draws.len(), "drawn tokens")?
+                .slice(),
+        })
+    }
+
     fn push(&mut self, row: &SampleRow, vocab_size: usize) {
         let params = row.params;
         let first_edit = self.edits.len();
@@ -151,11 +251,57 @@ pub fn sample(
     if rows.is_empty() {
         return Ok(Vec::new());
     }
-    let mut draws = Draws::default();
-    for row in rows {
-        draws.push(row, vocab_size);
-    }
-    let (drawn, tops) = launch(device, logits, vocab_size, &draws)?;
+    let mut draws = Draws::new(rows, vocab_size);
+    let mut packer = Packer::default();
+    let first_edit = size_of_val(&draws.draws[..]).div_ceil(size_of::<Edit>());
+    draws.begin_edits_at(first_edit);
+    let packed = draws.pack(&mut packer, rows.len());
+    packer.push_indexed(first_edit, draws.edits());
+    let sent = Buffer::from_slice(device, packer.bytes(), "draws")?;
+    let (mut memory, layout) = (DrawMemory::default(), Layout::default());
+    let at = (packed.at(sent.address()), sent.address());
+    let planned = draws.plan(device, &layout, &mut memory, at, vocab_size)?;
+    launch(&**device, logits, vocab_size, &planned)?;
+    read(&**device, vocab_size, &planned, &draws, rows)
+}
+
+/// Launches planned draws.
+pub fn launch(
+    device: &dyn Device,
+    logits: &Buffer<f32>,
+    vocab_size: usize,
+    planned: &PlannedDraws,
+) -> Result<(), DeviceError> {
+    let mut arguments = arguments![
+        logits,
+        planned.draws,
+        planned.edits,
+        vocab_size as u32,
+        planned.adjusted,
+        planned.tops,
+        planned.top_logits,
+        planned.out,
+    ];
+    let launch = Launch {
+        shared_bytes: ((BINS + WARPS) * (8 + 4) + 4 * 8 + bytes_of_sums(vocab_size)) as u32,
+        ..Launch::blocks(planned.draws.len(), THREADS)
+    };
+    // SAFETY: as the kernel's head says.
+    unsafe { device.launch("sample", launch, &mut arguments) }
+}
+
+/// What was drawn for `rows`, of which `draws` were made.
+pub fn read(
+    device: &dyn Device,
+    vocab_size: usize,
+    planned: &PlannedDraws,
+    draws: &Draws,
+    rows: &[SampleRow],
+) -> Result<Vec<Sampled>, BackendError> {
+    let drawn = planned.out.read(device, rows.len())?;
+    // A draw that was refused has reported nothing, and nobody reads its place.
+    let tops = planned.tops.read(device, draws.tops as usize)?;
+    let top_logits = planned.top_logits.read(device, draws.tops as usize)?;
     let of_draws = rows.iter().zip(&draws.draws).zip(drawn);
     let sampled = of_draws.map(|((row, draw), drawn)| {
         match drawn.status {
@@ -175,57 +321,18 @@ pub fn sample(
             _ => {}
         }
         let statistics = Statistics::new(drawn.max, drawn.sum, drawn.sum_exp, vocab_size);
-        let tops = &tops[draw.first_top as usize..][..draw.tops as usize];
+        let reported = draw.first_top as usize..(draw.first_top + draw.tops) as usize;
+        let reported = tops[reported.clone()].iter().zip(&top_logits[reported]);
         Ok(Sampled {
             token: drawn.token,
             logprob: statistics.logprob(drawn.logit),
             self_certainty: statistics.self_certainty(vocab_size),
-            top_logprobs: tops
-                .iter()
-                .map(|&(token, logit)| (token, statistics.logprob(logit)))
+            top_logprobs: reported
+                .map(|(&token, &logit)| (token, statistics.logprob(logit)))
                 .collect(),
         })
     });
     Ok(sampled.collect::<Result<_, _>>()?)
-}
-
-/// What was drawn, and all reported tokens with their logits.
-#[allow(clippy::type_complexity)]
-fn launch(
-    device: &Arc<dyn Device>,
-    logits: &Buffer<f32>,
-    vocab_size: usize,
-    draws: &Draws,
-) -> Result<(Vec<Drawn>, Vec<(u32, f32)>), DeviceError> {
-    let count = draws.draws.len();
-    let of_draws = Buffer::from_slice(device, &draws.draws, "draws")?;
-    let edits = Buffer::from_slice(device, &draws.edits, "changes of logits")?;
-    let adjusted = vocab_size * draws.adjusted as usize;
-    let adjusted = Buffer::<f32>::new(device, adjusted, "changed logits")?;
-    let tops = Buffer::<u32>::new(device, draws.tops as usize, "most probable tokens")?;
-    let top_logits = Buffer::<f32>::new(device, draws.tops as usize, "their logits")?;
-    let out = Buffer::<Drawn>::new(device, count, "drawn tokens")?;
-    let mut arguments = arguments![
-        logits,
-        &of_draws,
-        &edits,
-        vocab_size as u32,
-        &adjusted,
-        &tops,
-        &top_logits,
-        &out,
-    ];
-    let launch = Launch {
-        shared_bytes: ((BINS + WARPS) * (8 + 4) + 4 * 8 + bytes_of_sums(vocab_size)) as u32,
-        ..Launch::blocks(count, THREADS)
-    };
-    // SAFETY: as the kernel's head says.
-    unsafe { device.launch("sample", launch, &mut arguments) }?;
-    let drawn = out.read(0, count)?;
-    // A draw that was refused has reported nothing, and nobody reads its place.
-    let tokens = tops.read(0, draws.tops as usize)?;
-    let logits = top_logits.read(0, draws.tops as usize)?;
-    Ok((drawn, tokens.into_iter().zip(logits).collect()))
 }
 
 #[cfg(test)]

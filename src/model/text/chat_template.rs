@@ -87,6 +87,8 @@ impl<'a> ChatRequest<'a> {
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// The plain template as its makers wrote it.
+    source: String,
     has_tool_template: bool,
     /// `bos_token` and the like, as template variables.
     special_tokens: BTreeMap<String, String>,
@@ -183,9 +185,15 @@ impl ChatTemplate {
         }
         Ok(Self {
             environment,
+            source: default.to_string(),
             has_tool_template: tool_use.is_some(),
             special_tokens: special_tokens.clone(),
         })
+    }
+
+    /// The template as its makers wrote it.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// The prompt for a chat.
