@@ -7,15 +7,16 @@
 //! y = Σ over spans:  weight_scale · scale · Σ (code - middle) · z  +  minimum · scale · Σ z
 //! ```
 //!
-//! Where the processor has byte products ([`Products::Bytes`]), z is two signed bytes, `z = 256 · high
-//! + low`, and the sum over the span of code · z is `256 · Σ code · high + Σ code · low`: twice as many
-//! products as with eight bits, still fewer instructions than float32 takes. Elsewhere codes and z are
-//! multiplied as sixteen bits ([`Products::Halves`]), two inputs a lane. Eight bits are not enough: a few coordinates of the residual stream are a hundred times the rest, and a span's
-//! greatest number sets its step. (Features after 18 layers of SmolLM2 from eight bits cost its `gcd`
-//! ranker a third of its accuracy; from sixteen, nothing.)
+//! Where the processor has byte products ([`Products::Bytes`]), z is two signed bytes, z = 256 · high +
+//! low, and the sum over the span of code · z is 256 · Σ code · high + Σ code · low: twice as many products
+//! as with eight bits, still fewer instructions than float32 takes. Elsewhere codes and z are multiplied as
+//! sixteen bits ([`Products::Halves`]), two inputs a lane. Eight bits are not enough: a few coordinates of
+//! the residual stream are a hundred times the rest, and a span's greatest number sets its step. (Features
+//! after 18 layers of SmolLM2 from eight bits cost its `gcd` ranker a third of its accuracy; from sixteen,
+//! nothing.)
 //!
-//! The sums are whole numbers, the same in any order and either way. What is float32 is one chain along the
-//! spans, the same for one row and for many, so here too a row's result does not depend on its batch.
+//! The sums are whole numbers, the same in any order and either way. What is float32 is one chain along
+//! the spans, the same for one row and for many, so here too a row's result does not depend on its batch.
 
 use super::format::{CodeLayout, Codes, QUADS, SPAN, UNIT};
 use super::inputs::Normed;
