@@ -80,13 +80,13 @@ fn clients_that_vanish_leave_no_page_held() {
 
 #[test]
 fn a_request_in_a_crowd_is_the_request_alone() {
-    let model = ChatModel::new(1);
+    let model = ChatModel::with_context(1, 2048);
     let ranker = model.ranker("mine", &[]);
     let option = format!("mine={}", ranker.display());
-    // So little memory that they wait for each other, and lose it.
+    // So little memory that they wait for each other, and lose it: a group that is alone has room.
     let server = Running::start(model.path(), &["--ranker", &option, "--kv-memory", "1"]);
     let prompt = |index: usize| "x ".repeat(1 + index % 7);
-    let (best_of, max_tokens) = (|index| 1 + index % 5, |index| 5 + 9 * (index % 11));
+    let (best_of, max_tokens) = (|index| 1 + index % 4, |index| 100 + 20 * (index % 11));
     let request = |index: usize| {
         json!({"messages": user(&prompt(index)), "best_of": best_of(index),
             "max_tokens": max_tokens(index), "seed": index, "ranker": "mine", "return_all": true})
@@ -102,6 +102,7 @@ fn a_request_in_a_crowd_is_the_request_alone() {
         }
     });
     server.wait_until_idle();
+    assert!(server.metric("vllm:num_preemptions_total") > 0.0);
 
     for (index, alone) in alone.iter().enumerate().step_by(3) {
         let number = |number: usize| number.to_string();

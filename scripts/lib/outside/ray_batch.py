@@ -44,7 +44,7 @@ def main() -> None:
         assert done.returncode == 0, (folder / "ray.log").read_text()[-3000:]
         answers = [json.loads(line) for path in (folder / "answers").glob("*.json") for line in path.read_text().splitlines()]
         assert sorted(answer["id"] for answer in answers) == list(range(PROMPTS))
-        for answer in answers[::8]:
+        for answer in answers:
             body = {
                 "messages": [{"role": "user", "content": answer["prompt"]}],
                 "best_of": 4,
