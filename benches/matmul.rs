@@ -47,7 +47,10 @@ fn bench(criterion: &mut Criterion) {
     let mut kinds = vec![(Dtype::BF16, Form::Float)];
     for dtype in codes {
         kinds.push((dtype, Form::Float));
-        kinds.extend(isa.dot4().then_some((dtype, Form::Quantised)));
+        kinds.extend(
+            isa.has_integer_products()
+                .then_some((dtype, Form::Quantised)),
+        );
     }
     for (dtype, form) in kinds {
         let weight = Matrix::pack(&team, &[weights(dtype, out_features, in_features)]);

@@ -581,14 +581,15 @@ fn devices_tell_what_there_is() {
 #[test]
 fn bench_reports_rates_and_their_share_of_the_limits() {
     let model = ChatModel::new(1);
+    // Pages enough that a candidate's next one begins new memory of the cache.
     let base = [
         "bench",
         "--n",
-        "1,4",
+        "1,16",
         "--prompt-tokens",
         "20",
         "--steps",
-        "3",
+        "33",
         "--rounds",
         "1",
     ];
@@ -605,9 +606,18 @@ fn bench_reports_rates_and_their_share_of_the_limits() {
         let share = number("gflop_per_s") / limits["fma_gflop_per_s"].as_f64().unwrap();
         assert!((number("share_of_fma_peak") / share - 1.0).abs() < 1e-9);
         assert!(share < 1.0, "nothing is faster than the machine: {share}");
+        let (matmul, attention) = ("matmul_share_of_time", "attention_share_of_time");
+        assert!(number(matmul) > 0.0 && number(attention) > 0.0);
+        assert!(number(matmul) + number(attention) < 1.0);
     }
     assert_eq!(report["ranker"].as_array().unwrap().len(), 3);
-    assert!(stdout(podium(&model, &base)).contains("decode, N = 4"));
+    let memory = |name: &str| report["memory"][name].as_u64().unwrap();
+    assert!(memory("model_bytes") >= report["weight_bytes"].as_u64().unwrap());
+    assert!(memory("kv_bytes") > 0);
+    if cfg!(target_os = "linux") {
+        assert!(memory("peak_bytes") > memory("model_bytes") + memory("kv_bytes"));
+    }
+    assert!(stdout(podium(&model, &base)).contains("decode, N = 16"));
 }
 
 #[cfg(unix)]

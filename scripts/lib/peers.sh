@@ -5,7 +5,7 @@ peers=${PODIUM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/podium}/peers
 python=$peers/venv/bin/python
 # The newest sources of llama.cpp that a package index carries.
 bindings=llama_cpp_python-0.3.36
-llama=$peers/$bindings/vendor/llama.cpp/build/bin
+sources=$peers/$bindings/vendor/llama.cpp
 
 # A Python with these packages: install_packages PACKAGE...
 install_packages() {
@@ -20,44 +20,47 @@ install_packages() {
     "$python" -m pip install --quiet "${missing[@]}" >&2
 }
 
-# Builds programs of llama.cpp into $llama: build_llama_cpp MODEL PROGRAM...
+# Builds programs of llama.cpp into $llama, for this processor (native), or for AVX2, FMA and F16C and nothing
+# newer (avx2): build_llama_cpp ISA MODEL PROGRAM...
 build_llama_cpp() {
-    local model=$1 missing=() targets=() status=0
-    shift
+    local isa=$1 model=$2 missing=() targets=() folder=$sources/build flags=(-DGGML_NATIVE=ON) status=0
+    shift 2
+    if [[ $isa == avx2 ]]; then
+        folder=$sources/build-avx2
+        flags=(-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON)
+    fi
+    llama=$folder/bin
     for program in "$@"; do
         targets+=(--target "$program")
         [[ -x $llama/$program ]] || missing+=("$program")
     done
-    if ((${#missing[@]})); then
-        say "Building ${missing[*]} from $bindings (ten minutes on two cores)"
+    build() { # FLAG...
         (
             cd "$peers"
             [[ -f $bindings.tar.gz ]] ||
-                "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python "${bindings//_cpp_python-/-cpp-python==}" >&2
-            [[ -d $bindings ]] || tar xzf "$bindings.tar.gz"
-            cd "$bindings/vendor/llama.cpp"
+                "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python "${bindings//_cpp_python-/-cpp-python==}"
+            [[ -d $sources ]] || tar xzf "$bindings.tar.gz"
+            cd "$sources"
             PATH=$peers/venv/bin:$PATH
-            [[ -f build/CMakeCache.txt ]] ||
-                cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
-                    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF
-            cmake --build build -j "$(nproc)" "${targets[@]}"
+            cmake -B "$folder" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
+                -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF "$@"
+            cmake --build "$folder" -j "$(nproc)" "${targets[@]}"
         ) >&2
+    }
+    if ((${#missing[@]})); then
+        say "Building ${missing[*]} from $bindings (ten minutes on two cores)"
+        build "${flags[@]}"
     fi
     # A virtual machine may announce Intel's matrix tiles and not run them: then llama.cpp does without.
-    [[ -x $llama/llama-bench ]] || return 0
+    [[ $isa == native && -x $llama/llama-bench ]] || return 0
     "$llama/llama-bench" -m "$model" -p 32 -n 1 -r 1 >/dev/null 2>&1 || status=$?
     if ((status == 132)); then
         say "This machine announces AMX but does not run it: building llama.cpp without"
-        local flags=(-DGGML_NATIVE=OFF)
+        flags=(-DGGML_NATIVE=OFF)
         for pair in avx:AVX avx2:AVX2 fma:FMA f16c:F16C bmi2:BMI2 avx_vnni:AVX_VNNI avx512bw:AVX512 \
             avx512vbmi:AVX512_VBMI avx512_vnni:AVX512_VNNI avx512_bf16:AVX512_BF16; do
             ! grep -qw "${pair%:*}" /proc/cpuinfo || flags+=("-DGGML_${pair#*:}=ON")
         done
-        (
-            cd "${llama%/bin}"
-            PATH=$peers/venv/bin:$PATH
-            cmake "${flags[@]}" .
-            cmake --build . -j "$(nproc)" "${targets[@]}"
-        ) >&2
+        build "${flags[@]}"
     fi
 }

@@ -19,7 +19,7 @@ Examples:
   podium devices
   podium devices --json
 
-The environment variable PODIUM_ISA picks another of the listed instruction sets, for tests.";
+The environment variable PODIUM_ISA picks another of the listed instruction sets.";
 
 /// Print what this build contains and this machine can run
 #[derive(Args, Clone, Debug)]

@@ -52,7 +52,7 @@ pub struct GlobalOptions {
     pub threads: Option<usize>,
 
     /// Compute products of quantised weights in float32; else activations are rounded to 16 bits
-    /// for them where the processor has byte products
+    /// for them where the processor multiplies integers fast
     #[arg(long, global = true, help_heading = "Global options")]
     pub exact: bool,
 

@@ -33,7 +33,8 @@ use crate::server::worker::EngineHandle;
 use crate::tasks::candidates::{Candidates, Item, Prompt};
 use crate::tasks::feature_file::FeatureSource;
 
-/// Instruction set to run with instead of the best one, for tests: `avx512`, `avx2` or `portable`.
+/// Instruction set to run with instead of the best one: `avx512`, `avx-vnni`, `avx2`, `neon-i8mm`,
+/// `neon` or `portable`.
 const ISA_VARIABLE: &str = "PODIUM_ISA";
 /// `off`: a GPU launches every step kernel by kernel, or each kernel when the one before it has ended.
 const GRAPHS_VARIABLE: &str = "PODIUM_GRAPHS";

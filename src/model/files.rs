@@ -175,6 +175,14 @@ impl ModelFiles {
         }))
     }
 
+    /// Gives back the memory into which the file's bytes of a tensor were read: whoever made
+    /// something else of them has them twice otherwise.
+    pub fn forget(&self, name: &str) {
+        if let Some(stored) = self.tensors.get(name) {
+            self.files[stored.file].forget(stored.range.clone());
+        }
+    }
+
     /// Tells this model from others: 16 hexadecimal digits that depend on the architecture's
     /// numbers and on the first 4 KiB of every stored tensor. The same weights in another format
     /// or precision have another fingerprint, since they have other features.

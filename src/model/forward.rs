@@ -356,6 +356,15 @@ impl<B: Backend> Model<B> {
             .sum()
     }
 
+    /// Bytes of all matrices, that of the embedding included where it is not the LM head's too.
+    pub fn loaded_bytes(&self) -> usize {
+        let embedding = match self.lm_head {
+            Some(_) => self.backend.matrix_bytes(&self.embedding),
+            None => 0,
+        };
+        self.weight_bytes() + embedding
+    }
+
     /// Multiply-adds of a token's matmuls, the LM head included.
     pub fn multiply_adds(&self) -> usize {
         let c = &self.config;
@@ -532,14 +541,20 @@ impl<B: Backend> WeightSource<B> for Loader<'_> {
             bytes += stored;
         }
         let matrix = backend.matrix(&parts)?;
+        for name in names {
+            self.files.forget(name);
+        }
         (self.progress)(bytes);
         Ok(matrix)
     }
 
     fn gated_matrix(&mut self, backend: &B, gate: &str, up: &str) -> Result<B::Matrix, LoadError> {
-        let (gate, gate_bytes) = self.weight(gate)?;
-        let (up, up_bytes) = self.weight(up)?;
-        let matrix = backend.gated_matrix(&gate, &up)?;
+        let (gate_weight, gate_bytes) = self.weight(gate)?;
+        let (up_weight, up_bytes) = self.weight(up)?;
+        let matrix = backend.gated_matrix(&gate_weight, &up_weight)?;
+        for name in [gate, up] {
+            self.files.forget(name);
+        }
         (self.progress)(gate_bytes + up_bytes);
         Ok(matrix)
     }

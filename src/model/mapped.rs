@@ -1,7 +1,7 @@
 //! A file mapped into memory.
 
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -27,10 +27,30 @@ impl MappedFile {
         // is in use. The bytes are only ever read as integers and floats, for which every bit
         // pattern is valid.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        // Begins to read at once, while the tokenizer is made. Advice: without it, each page waits for
+        // the disk when it is touched.
+        #[cfg(unix)]
+        let _ = map.advise(memmap2::Advice::WillNeed);
         Ok(MappedFile {
             path: path.to_path_buf(),
             map,
         })
+    }
+}
+
+impl MappedFile {
+    /// Gives back the memory of a range that is not needed soon; it is read again where it is.
+    pub fn forget(&self, range: Range<usize>) {
+        // SAFETY: the mapping is of a file and never written, so that nothing is lost: pages come
+        // back with the same bytes. Advice: where it is not taken, memory stays in use.
+        #[cfg(unix)]
+        let _ = unsafe {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            self.map
+                .unchecked_advise_range(advice, range.start, range.len())
+        };
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 

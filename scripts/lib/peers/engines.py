@@ -5,6 +5,7 @@ once, then n candidates decode some steps behind it.
 """
 
 import json
+import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -19,26 +20,52 @@ class Work:
     threads: int
 
 
-def run(command: list) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+def run(command: list, environment: dict | None = None) -> str:
+    """What a command prints."""
+    command = [str(part) for part in command]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
-def podium(binary: Path, model: Path, work: Work, *options: str) -> dict:
+def podium(binary: Path, model: Path, work: Work, isa: str | None) -> dict:
     n = ",".join(map(str, work.n))
     command = [binary, "bench", "--json", "--rounds", 1, "--model", model, "--threads", work.threads, "--n", n]
-    command += ["--prompt-tokens", work.prompt, "--steps", work.steps, *options]
-    report = json.loads(run(command))
+    command += ["--prompt-tokens", work.prompt, "--steps", work.steps]
+    report = json.loads(run(command, {"PODIUM_ISA": isa or ""}))
+    rows = {row["n"]: row for row in report["decode"]}
     return {
         "prefill": report["prefill"]["tokens_per_s"],
-        "decode": {row["n"]: row["tokens_per_s"] for row in report["decode"]},
+        "decode": {n: row["tokens_per_s"] for n, row in rows.items()},
         "limits": report["limits"],
-        "weight_bytes": report["weight_bytes"],
-        "floors": {row["n"]: floor(row, report["limits"]) for row in report["decode"]},
+        "memory": report["memory"],
+        "floors": {n: floor(row, report["limits"]) for n, row in rows.items()},
         "prefill_floor": floor(report["prefill"], report["limits"]),
+        "prefill_matmul": report["prefill"]["matmul_share_of_fma_peak"],
+        "read": {n: row["share_of_read_bandwidth"] for n, row in rows.items()},
     }
+
+
+def first_token(binary: Path, model: Path, threads: int, isa: str | None, cold: bool) -> dict:
+    """Seconds from the start of a process to the end of one that has written its first token, and its
+    peak of resident memory; with the model's file out of the page cache where `cold`."""
+    if cold:
+        with open(model, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = [binary, "generate", "--raw", "--n", "1", "--select", "first", "--max-tokens", "1"]
+    command += ["--model", model, "--threads", threads, "Once upon a time"]
+    started = time.perf_counter()
+    child = subprocess.Popen(
+        [str(part) for part in command],
+        env=os.environ | {"PODIUM_ISA": isa or ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(child.pid, 0)
+    if status != 0:
+        raise RuntimeError(f"{command} ended with {status}")
+    return {"seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss << 10}
 
 
 def floor(row: dict, limits: dict) -> float:
@@ -75,7 +102,10 @@ def llama_bench(folder: Path, model: Path, work: Work) -> dict:
 class Transformers:
     """transformers on the CPU: the prompt prefilled once, its cache copied N times, as `generate` does."""
 
-    def __init__(self, model: Path, dtype: str, threads: int):
+    def __init__(self, model: Path, dtype: str, threads: int, isa: str | None):
+        if isa == "avx2":
+            # Before torch is imported, which is when it looks.
+            os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging

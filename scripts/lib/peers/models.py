@@ -21,17 +21,19 @@ QUANTISED = {
     "f16": gguf.GGMLQuantizationType.F16,
     "bf16": gguf.GGMLQuantizationType.BF16,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "q4_0": gguf.GGMLQuantizationType.Q4_0,
 }
 FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 
 
 def file(name: str, form: str, smollm2: Path, folder: Path) -> Path:
-    """The file of a model in a form ("f32", "f16", "bf16", "q8_0", "q4_1"), written where it is missing."""
+    """The file of a model in a form ("f32", "f16", "bf16", "q8_0", "q4_0"; "q4_1" of SmolLM2), written where it is missing."""
     if name == "smollm2":
         if form != "q4_1":
             raise ValueError("SmolLM2 is there in Q4_1 only")

@@ -1,7 +1,7 @@
 //! The left side of a product, in the order in which the kernels read it.
 
 use super::format::{SPAN, UNIT};
-use super::integer::{self, Quantise, SPAN_WORDS};
+use super::integer::{Quantise, SPAN_WORDS};
 use super::rows::{Aligned, Rows, Vector};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
@@ -72,7 +72,7 @@ impl Inputs {
         }
         let tile_rows = match form {
             Form::Float => isa.tile_rows(),
-            Form::Quantised => integer::tile_rows(isa),
+            Form::Quantised => isa.product_rows(),
         };
         self.tiles.clear();
         let count = self.rows.div_ceil(tile_rows);

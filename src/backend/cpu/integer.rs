@@ -1,29 +1,33 @@
-//! Products of quantised weights, four bytes a lane at a time.
+//! Products of quantised weights in whole numbers.
 //!
 //! Of each span of 32 inputs a row's numbers become whole numbers with a scale, `x ≈ scale · z`, z in
-//! -32512..=32512, each as two signed bytes, `z = 256 · high + low`. Then
+//! -32512..=32512. Then
 //!
 //! ```text
 //! y = Σ over spans:  weight_scale · scale · Σ (code - middle) · z  +  minimum · scale · Σ z
 //! ```
 //!
-//! with sums over the span of code · z as `256 · Σ code · high + Σ code · low`: twice as many byte
-//! products as with eight bits, still fewer instructions than float32 takes. Eight bits are not
-//! enough: a few coordinates of the residual stream are a hundred times the rest, and a span's
-//! greatest number sets its step. (Features after 18 layers of SmolLM2 from eight bits cost its `gcd`
-//! ranker a third of its accuracy; from sixteen, nothing.)
+//! Where the processor has byte products ([`Products::Bytes`]), z is two signed bytes, z = 256 · high +
+//! low, and the sum over the span of code · z is 256 · Σ code · high + Σ code · low: twice as many products
+//! as with eight bits, still fewer instructions than float32 takes. Elsewhere codes and z are multiplied as
+//! sixteen bits ([`Products::Halves`]), two inputs a lane. Eight bits are not enough: a few coordinates of
+//! the residual stream are a hundred times the rest, and a span's greatest number sets its step. (Features
+//! after 18 layers of SmolLM2 from eight bits cost its `gcd` ranker a third of its accuracy; from sixteen,
+//! nothing.)
 //!
-//! The sums of bytes are whole numbers, the same in any order. What is float32 is one chain along the
-//! spans, the same for one row and for many, so here too a row's result does not depend on its batch.
+//! The sums are whole numbers, the same in any order and either way. What is float32 is one chain along
+//! the spans, the same for one row and for many, so here too a row's result does not depend on its batch.
 
 use super::format::{CodeLayout, Codes, QUADS, SPAN, UNIT};
 use super::inputs::Normed;
 use super::matrix::with_format;
-use super::simd::{Isa, Kernel, LANES, Simd};
+use super::simd::{Kernel, LANES, Products, Simd};
 use crate::model::tensor::Dtype;
+use std::hint::black_box;
 use std::marker::PhantomData;
 
-/// Words that a quantised span of a row takes: eight quads of high bytes, eight of low ones, and
+/// Words that a quantised span of a row takes: eight quads of high bytes and eight of low ones, or
+/// sixteen pairs of halves (see [`halves`]), and
 pub const SPAN_WORDS: usize = 2 * QUADS + 4;
 /// the scale (f32),
 const SCALE: usize = 2 * QUADS;
@@ -34,19 +38,27 @@ const HALF_SUMS: usize = 2 * QUADS + 2;
 /// The greatest z: its high byte is 127.
 const GREATEST: f32 = 127.0 * 256.0;
 
-/// Inputs unpacked at a time: 2 panels × 8 spans × 704 bytes = 11 KiB.
+/// Inputs unpacked at a time: 2 panels × 8 spans × 704 bytes = 11 KiB, or × 1216 bytes = 19 KiB.
 pub(super) const RUN: usize = 256;
-/// Words of an unpacked span of a panel: quads, two scales, a minimum.
-const WIDE_SPAN: usize = (QUADS + 3) * LANES;
-const WIDE_SCALES: usize = QUADS * LANES;
-const WIDE_MINIMUM: usize = (QUADS + 2) * LANES;
-/// Words of a run of a panel.
-pub(super) const WIDE_RUN: usize = RUN / SPAN * WIDE_SPAN;
-
-/// Rows of a tile: half of the float tile's, for a result has a sum of bytes and one of float32.
-pub(super) fn tile_rows(isa: Isa) -> usize {
-    isa.tile_rows() / 2
+/// Vectors of codes in an unpacked span of a panel: as bytes, or twice as many as halves of a lane.
+const fn wide_codes<S: Simd>() -> usize {
+    match S::PRODUCTS {
+        Products::Halves => 2 * QUADS,
+        _ => QUADS,
+    }
 }
+/// Words of an unpacked span: codes, two scales, a minimum.
+const fn wide_span<S: Simd>() -> usize {
+    (wide_codes::<S>() + 3) * LANES
+}
+const fn wide_scales<S: Simd>() -> usize {
+    wide_codes::<S>() * LANES
+}
+const fn wide_minimum<S: Simd>() -> usize {
+    (wide_codes::<S>() + 2) * LANES
+}
+/// Words of a run of a panel, at most.
+pub(super) const WIDE_RUN: usize = RUN / SPAN * (2 * QUADS + 3) * LANES;
 
 /// Quantises a row into its place of a tile `[spans][SPAN_WORDS][rows of the tile]`.
 pub(super) struct Quantise<'a> {
@@ -115,13 +127,29 @@ unsafe fn quantise<S: Simd>(halves: [S::V; 2]) -> [u32; SPAN_WORDS] {
         let mut sums = [0.0; 2];
         for (half, x) in halves.into_iter().enumerate() {
             let z = S::to_i32(S::mul(x, S::splat(inverse)));
-            // The low byte is signed, so the high one is rounded to the nearest.
-            let high = S::shift_right(S::add_i32(z, S::splat_i32(128)), 8);
-            let place = words.as_mut_ptr().add(half * QUADS / 2);
-            S::store_low_bytes(place.cast(), high);
-            S::store_low_bytes(place.add(QUADS).cast(), z);
+            match S::PRODUCTS {
+                Products::Halves => {
+                    let place = words.as_mut_ptr().add(half * QUADS);
+                    S::store_low_halves(place.cast(), z);
+                }
+                _ => {
+                    // The low byte is signed, so the high one is rounded to the nearest.
+                    let high = S::shift_right(S::add_i32(z, S::splat_i32(128)), 8);
+                    let place = words.as_mut_ptr().add(half * QUADS / 2);
+                    S::store_low_bytes(place.cast(), high);
+                    S::store_low_bytes(place.add(QUADS).cast(), z);
+                }
+            }
             // Whole numbers below 2^24: exact.
             sums[half] = S::sum(S::to_f32(z));
+        }
+        if matches!(S::PRODUCTS, Products::Halves) {
+            // Of four inputs the first and the third, then the second and the fourth: see `halves`.
+            for quad in words[..2 * QUADS].chunks_exact_mut(2) {
+                let [low, high] = [quad[0], quad[1]];
+                quad[0] = low & 0xffff | high << 16;
+                quad[1] = low >> 16 | high & 0xffff_0000;
+            }
         }
         words[SCALE] = scale.to_bits();
         words[SCALED_SUM] = (scale * (sums[0] + sums[1])).to_bits();
@@ -130,6 +158,18 @@ unsafe fn quantise<S: Simd>(halves: [S::V; 2]) -> [u32; SPAN_WORDS] {
         }
     }
     words
+}
+
+/// The codes of a quad as halves of a lane: of four inputs the first and the third, then the second
+/// and the fourth.
+#[inline(always)]
+unsafe fn halves<S: Simd>(quad: S::I) -> [S::I; 2] {
+    unsafe {
+        [
+            S::and(quad, 0x00ff_00ff),
+            S::and(S::shift_right(quad, 8), 0x00ff_00ff),
+        ]
+    }
 }
 
 /// One quantised row times one panel: a single stream through memory, which panels that follow each
@@ -168,12 +208,25 @@ impl<F: Codes> Kernel for Gemv<F> {
                         for unit in part * units..(part + 1) * units {
                             let quads = F::quads::<S>(packed, span * (SPAN / UNIT) + unit);
                             for (i, codes) in quads.into_iter().enumerate() {
-                                let x = x.add(2 * unit + i);
-                                high = S::dot4(high, codes, S::splat_i32(*x as i32));
-                                low = S::dot4(low, codes, S::splat_i32(*x.add(QUADS) as i32));
+                                let quad = 2 * unit + i;
+                                let x = |index: usize| S::splat_i32(*x.add(index) as i32);
+                                match S::PRODUCTS {
+                                    Products::Halves => {
+                                        let [even, odd] = halves::<S>(codes);
+                                        high = S::dot2(high, even, x(2 * quad));
+                                        low = S::dot2(low, odd, x(2 * quad + 1));
+                                    }
+                                    _ => {
+                                        high = S::dot4(high, codes, x(quad));
+                                        low = S::dot4(low, codes, x(QUADS + quad));
+                                    }
+                                }
                             }
                         }
-                        let dot = S::add_i32(S::shift_left(high, 8), low);
+                        if !matches!(S::PRODUCTS, Products::Halves) {
+                            high = S::shift_left(high, 8);
+                        }
+                        let dot = S::add_i32(high, low);
                         let scale = F::scale::<S>(packed, span, part);
                         let scale = S::mul(scale, splat::<S>(x.add(SCALE)));
                         acc = S::fma(S::to_f32(dot), scale, acc);
@@ -224,11 +277,11 @@ pub(super) unsafe fn gemv<S: Simd>(
     unsafe {
         with_format!(codes dtype,
             F => S::call(Gemv::<F> { panel, x, width, sums, format: PhantomData }),
-            else unreachable!("only codes are multiplied as bytes"))
+            else unreachable!("only codes are multiplied as whole numbers"))
     }
 }
 
-/// Unpacks inputs `first .. first + count` of a panel, whole spans, into `out`, `[spans][WIDE_SPAN]`.
+/// Unpacks inputs `first .. first + count` of a panel, whole spans, into `out`, `[spans][wide_span]`.
 struct Unpack<F> {
     panel: *const u8,
     first: usize,
@@ -246,21 +299,32 @@ impl<F: Codes> Kernel for Unpack<F> {
                 let input = self.first + index * SPAN;
                 let block = self.panel.add(input / F::BLOCK_INPUTS * F::BLOCK_BYTES);
                 let span = input % F::BLOCK_INPUTS / SPAN;
-                let out = self.out.add(index * WIDE_SPAN);
+                let out = self.out.add(index * wide_span::<S>());
                 for unit in 0..SPAN / UNIT {
                     for (i, quad) in F::quads::<S>(block, span * (SPAN / UNIT) + unit)
                         .into_iter()
                         .enumerate()
                     {
-                        S::store_u32(out.add((2 * unit + i) * LANES), quad);
+                        let place = 2 * unit + i;
+                        match S::PRODUCTS {
+                            Products::Halves => {
+                                let [even, odd] = halves::<S>(quad);
+                                S::store_u32(out.add(2 * place * LANES), even);
+                                S::store_u32(out.add((2 * place + 1) * LANES), odd);
+                            }
+                            _ => S::store_u32(out.add(place * LANES), quad),
+                        }
                     }
                 }
                 for part in 0..F::LAYOUT.scales {
-                    let place = out.add(WIDE_SCALES + part * LANES);
+                    let place = out.add(wide_scales::<S>() + part * LANES);
                     S::store(place.cast(), F::scale::<S>(block, span, part));
                 }
                 if F::LAYOUT.minimum {
-                    S::store(out.add(WIDE_MINIMUM).cast(), F::minimum::<S>(block, span));
+                    S::store(
+                        out.add(wide_minimum::<S>()).cast(),
+                        F::minimum::<S>(block, span),
+                    );
                 }
             }
         }
@@ -282,7 +346,7 @@ pub(super) unsafe fn unpack<S: Simd>(
     unsafe {
         with_format!(codes dtype,
             F => S::call(Unpack::<F> { panel, first, count, out, format: PhantomData }),
-            else unreachable!("only codes are multiplied as bytes"))
+            else unreachable!("only codes are multiplied as whole numbers"))
     }
 }
 
@@ -306,8 +370,8 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     macro_rules! rows {
         ($scales:literal, $minimum:literal, $panels:literal, $c:expr, $w:expr, $layout:expr; $($rows:literal)*) => {
             match rows {
-                $($rows if const { 2 * $rows <= S::TILE_ROWS } => S::call(
-                    ByteTile::<$rows, $panels, $scales, $minimum> {
+                $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(
+                    CodeTile::<$rows, $panels, $scales, $minimum> {
                         x, w: $w, spans, layout: $layout, c: $c, first,
                     },
                 ),)*
@@ -325,7 +389,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
                     rows!(1, true, $panels, $c, $w, layout; 1 2 3 4 5 6)
                 }
                 Some(layout) => rows!(1, false, $panels, $c, $w, layout; 1 2 3 4 5 6),
-                None => unreachable!("only codes are multiplied as bytes"),
+                None => unreachable!("only codes are multiplied as whole numbers"),
             }
         };
     }
@@ -339,8 +403,8 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     }
 }
 
-/// The register tile of byte products: `R` rows by `P` panels.
-struct ByteTile<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> {
+/// The register tile of integer products: `R` rows by `P` panels.
+struct CodeTile<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> {
     x: *const u32,
     w: [*const u32; P],
     spans: usize,
@@ -350,7 +414,7 @@ struct ByteTile<const R: usize, const P: usize, const SCALES: usize, const MINIM
 }
 
 impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> Kernel
-    for ByteTile<R, P, SCALES, MINIMUM>
+    for CodeTile<R, P, SCALES, MINIMUM>
 {
     type Output = ();
     // Indices name rows and panels of several arrays at once.
@@ -363,6 +427,9 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
             scales: SCALES,
             ..self.layout
         };
+        // A number that the compiler does not know: it would unroll all steps of a span, and keep their
+        // operands on the stack.
+        let steps = black_box(wide_codes::<S>() / SCALES);
         unsafe {
             let mut acc = [[S::splat(0.0); P]; R];
             if !self.first {
@@ -374,27 +441,37 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
             }
             for span in 0..self.spans {
                 let x = self.x.add(span * SPAN_WORDS * R);
-                let w = self.w.map(|w| w.add(span * WIDE_SPAN));
+                let w = self.w.map(|w| w.add(span * wide_span::<S>()));
                 for part in 0..SCALES {
                     let mut dots = [[S::splat_i32(0); P]; R];
-                    for bytes in [0, QUADS] {
-                        if bytes > 0 {
+                    // The high bytes of the activations, then the low ones; or both at once.
+                    let passes = 2 * QUADS / wide_codes::<S>();
+                    for pass in 0..passes {
+                        if pass + 1 == passes {
                             for r in 0..R {
                                 let start = S::splat_i32(start(x, R, r, part, layout));
-                                dots[r] = dots[r].map(|d| S::add_i32(S::shift_left(d, 8), start));
+                                if passes > 1 {
+                                    dots[r] = dots[r].map(|d| S::shift_left(d, 8));
+                                }
+                                dots[r] = dots[r].map(|d| S::add_i32(d, start));
                             }
                         }
-                        for q in part * (QUADS / SCALES)..(part + 1) * (QUADS / SCALES) {
+                        for q in part * steps..(part + 1) * steps {
                             let weights = w.map(|w| S::load_u32(w.add(q * LANES)));
                             for r in 0..R {
-                                let x = S::splat_i32(*x.add((bytes + q) * R + r) as i32);
+                                let x = *x.add((pass * QUADS + q) * R + r);
+                                let x = S::splat_i32(x as i32);
                                 for p in 0..P {
-                                    dots[r][p] = S::dot4(dots[r][p], weights[p], x);
+                                    dots[r][p] = match S::PRODUCTS {
+                                        Products::Halves => S::dot2(dots[r][p], weights[p], x),
+                                        _ => S::dot4(dots[r][p], weights[p], x),
+                                    };
                                 }
                             }
                         }
                     }
-                    let scales = w.map(|w| S::load(w.add(WIDE_SCALES + part * LANES).cast()));
+                    let scales =
+                        w.map(|w| S::load(w.add(wide_scales::<S>() + part * LANES).cast()));
                     for r in 0..R {
                         let x_scale = splat::<S>(x.add(SCALE * R + r));
                         for p in 0..P {
@@ -404,7 +481,7 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                     }
                 }
                 if MINIMUM {
-                    let minima = w.map(|w| S::load(w.add(WIDE_MINIMUM).cast()));
+                    let minima = w.map(|w| S::load(w.add(wide_minimum::<S>()).cast()));
                     for r in 0..R {
                         let sum = splat::<S>(x.add(SCALED_SUM * R + r));
                         for p in 0..P {

@@ -43,7 +43,7 @@ impl KvCache {
         while self.slabs.len() <= page as usize / SLAB_PAGES {
             // Zeroed, for attention may multiply a place that was never written by a weight of zero.
             let bytes = SLAB_PAGES * Self::page_bytes(self.shape);
-            self.slabs.push(Aligned::zeroed(bytes));
+            self.slabs.push(Aligned::kept(bytes));
         }
         Ok(())
     }

@@ -1,16 +1,16 @@
 //! `Y = X · Wᵀ`, from one row to a whole prompt.
 //!
 //! X is interleaved into tiles of as many rows as the register tile has, its norm applied on the way
-//! ([`Inputs`]). A task is a pair of weight panels (32 outputs). For one row the weights are widened
-//! in registers and multiplied at once. For more, a run of [`RUN`] inputs of the panels is widened
-//! into the first-level cache once and multiplied with every tile. Both add along `in_features` one
-//! input at a time, so a row's result has the same bits whichever rows are beside it, however many
-//! threads there are.
+//! ([`Inputs`]). A task is a pair of weight panels (32 outputs). For few tiles, plain weights are
+//! widened in registers and multiplied at once. Else a run of inputs of the panels is widened into the
+//! first-level cache once and multiplied with every tile. All add along `in_features` one input at a
+//! time, so a row's result has the same bits whichever rows are beside it, however many threads there
+//! are.
 //!
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
-use super::format::{F32, Format, UNIT, block_bytes, block_inputs};
+use super::format::{F32, Format, Plain, UNIT, block_bytes, block_inputs};
 use super::inputs::{Form, Inputs};
 use super::integer;
 use super::matrix::{Matrix, Panel, widen, with_format};
@@ -25,11 +25,22 @@ use std::mem::MaybeUninit;
 
 /// Inputs widened at a time: 2 panels × 128 × 16 float32 = 16 KiB, half of a first-level cache.
 pub(super) const RUN: usize = 128;
+/// Room for a run of a panel in either form.
+const WIDE_RUN: usize = if RUN * LANES > integer::WIDE_RUN {
+    RUN * LANES
+} else {
+    integer::WIDE_RUN
+};
 /// Rows whose sums are kept beside them: 192 × 32 float32 = 24 KiB.
 pub(super) const ROW_BLOCK: usize = 192;
 /// Bytes ahead in a panel that are asked for while it is multiplied in registers. (A quarter of it
 /// comes too late, which costs a third of the speed at eight rows of 16-bit weights.)
 const AHEAD: usize = 8192;
+/// Most tiles for which plain weights are widened in registers, a tile at a time: with more, once into
+/// the cache for all is as fast.
+const DIRECT_TILES: usize = 4;
+/// Runs between what is multiplied and what is asked for meanwhile.
+const RUNS_AHEAD: usize = 2;
 /// Panels that the one-row kernel reads side by side, to have enough independent sums in flight.
 const GEMV_PANELS: usize = 4;
 
@@ -63,11 +74,12 @@ pub fn matmul(
     assert_eq!(out.width(), weight.out_features(), "a matmul's outputs");
     assert!(out.rows() >= inputs.rows(), "a matmul's rows");
     let pairs = weight.pairs();
-    // Tasks small enough to even out, large enough that handing them over costs nothing; whole
+    // Tasks small enough to even out (a thread that has one more than the other is idle for as long),
+    // large enough that handing them over costs nothing; whole
     // groups of panels for the one-row kernel.
     let chunk = pairs
         .len()
-        .div_ceil(team.threads() * 6)
+        .div_ceil(team.threads() * 16)
         .clamp(1, 64)
         .next_multiple_of(GEMV_PANELS / 2);
     let out = out.shared();
@@ -99,7 +111,7 @@ impl Kernel for Task<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         unsafe {
-            if self.inputs.rows() == 1 {
+            if self.inputs.rows() == 1 && !self.weight.is_plain() {
                 self.one_row::<S>();
             } else {
                 for (i, &pair) in self.pairs.iter().enumerate() {
@@ -168,7 +180,7 @@ impl Task<'_> {
         pair: (Panel, Option<Panel>),
         next_pair: Option<(Panel, Option<Panel>)>,
     ) {
-        let mut wide = MaybeUninit::<[f32; 2 * RUN * LANES]>::uninit();
+        let mut wide = MaybeUninit::<[f32; 2 * WIDE_RUN]>::uninit();
         let mut sums = MaybeUninit::<[f32; ROW_BLOCK * 2 * LANES]>::uninit();
         let wide: *mut f32 = wide.as_mut_ptr().cast();
         let sums: *mut f32 = sums.as_mut_ptr().cast();
@@ -184,22 +196,18 @@ impl Task<'_> {
         };
         let padded = self.inputs.in_features().next_multiple_of(UNIT);
         let mut tiles = self.inputs.tiles();
-        // With a single tile nobody else would read what is widened: in registers, then.
-        if let ([tile], Form::Float) = (tiles, form)
-            && panels[0].0 == panels[1].0
-        {
-            let (x, w) = (self.inputs.tile(*tile, 0), panels.map(|(_, panel)| panel));
-            // SAFETY: `sums` has room for a tile, and the panels have the inputs, in whole units.
+        // For few tiles, plain weights are widened in registers, once for each: cheaper than through
+        // the cache, and memory is asked for as the panels go by.
+        if form == Form::Float && tiles.len() <= DIRECT_TILES && panels[0].0 == panels[1].0 {
+            // SAFETY: `sums` has room for as many tiles, and the panels have the inputs, in whole
+            // units.
             let done = unsafe {
                 with_format!(plain panels[0].0,
-                    F => {
-                        interleaved_tile::<S, F, AHEAD>(tile.rows, x, w, padded, sums, 2 * LANES, true);
-                        true
-                    },
+                    F => { self.direct::<S, F>(panels, next_panels, padded, sums); true },
                     else false)
             };
             if done {
-                for row in 0..tile.rows {
+                for row in 0..self.inputs.rows() {
                     // SAFETY: written above.
                     unsafe { self.finish::<S>(pair, row, sums.add(row * 2 * LANES)) };
                 }
@@ -208,16 +216,16 @@ impl Task<'_> {
         }
         while !tiles.is_empty() {
             // A block of rows is whole tiles; the tiles are at most as tall as the register tile.
-            let block = tiles.len().min(ROW_BLOCK / S::TILE_ROWS);
+            let tallest = match form {
+                Form::Float => S::TILE_ROWS,
+                Form::Quantised => S::PRODUCT_ROWS,
+            };
+            let block = tiles.len().min(ROW_BLOCK / tallest);
             let (now, rest) = tiles.split_at(block);
             let base = now[0].first_row;
             for run in (0..padded).step_by(longest) {
                 let inputs = longest.min(padded - run);
-                let next = match next_panels {
-                    _ if run + longest < padded => Some((panels, run + longest)),
-                    Some(panels) => Some((panels, 0)),
-                    None => None,
-                };
+                let next = place_ahead(panels, next_panels, run + RUNS_AHEAD * longest, padded);
                 // SAFETY: `wide` has room for two runs, `sums` for two vectors of each row of the
                 // block, and each is written before it is read: sums where `run` is 0.
                 unsafe {
@@ -274,6 +282,48 @@ impl Task<'_> {
         }
     }
 
+    /// The sums of every row with two plain panels, read where they lie: by the first tile from memory
+    /// or the second-level cache, by the others from the first.
+    #[inline(always)]
+    unsafe fn direct<S: Simd, F: Plain>(
+        &self,
+        panels: [(Dtype, *const u8); 2],
+        next_panels: Option<[(Dtype, *const u8); 2]>,
+        inputs: usize,
+        sums: *mut f32,
+    ) {
+        let tiles = self.inputs.tiles();
+        let w = panels.map(|(_, panel)| panel);
+        // SAFETY: passed on.
+        unsafe {
+            if let [tile] = tiles {
+                let x = self.inputs.tile(*tile, 0);
+                return interleaved_tile::<S, F, AHEAD>(
+                    tile.rows,
+                    x,
+                    w,
+                    inputs,
+                    sums,
+                    2 * LANES,
+                    true,
+                );
+            }
+            for run in (0..inputs).step_by(RUN) {
+                let count = RUN.min(inputs - run);
+                let w = w.map(|w| w.add(run * F::INPUT_BYTES));
+                let next = place_ahead(panels, next_panels, run + RUNS_AHEAD * RUN, inputs);
+                for (i, tile) in tiles.iter().enumerate() {
+                    if let Some((panels, run)) = next {
+                        prefetch::<S>(panels, run, RUN, (i, tiles.len()));
+                    }
+                    let x = self.inputs.tile(*tile, run);
+                    let c = sums.add(tile.first_row * 2 * LANES);
+                    interleaved_tile::<S, F, 0>(tile.rows, x, w, count, c, 2 * LANES, run == 0);
+                }
+            }
+        }
+    }
+
     /// Bias and epilogue of one row's two vectors of sums.
     #[inline(always)]
     unsafe fn finish<S: Simd>(&self, pair: (Panel, Option<Panel>), row: usize, sums: *const f32) {
@@ -319,6 +369,20 @@ impl Task<'_> {
     }
 }
 
+/// Input `place` of two panels, or where it falls behind them, of the next two.
+#[inline(always)]
+fn place_ahead(
+    panels: [(Dtype, *const u8); 2],
+    next: Option<[(Dtype, *const u8); 2]>,
+    place: usize,
+    inputs: usize,
+) -> Option<([(Dtype, *const u8); 2], usize)> {
+    match place.checked_sub(inputs) {
+        None => Some((panels, place)),
+        Some(behind) => next.map(|next| (next, behind)),
+    }
+}
+
 /// Asks for one of `shares` of a run of two panels. While tiles are multiplied nothing is read from
 /// memory, and the processor does not see what comes next; asked for all at once, it would wait.
 #[inline(always)]
@@ -334,7 +398,7 @@ unsafe fn prefetch<S: Simd>(
         let start = panel.wrapping_add(bytes(run) + share * share_bytes);
         for line in (0..share_bytes).step_by(64) {
             // SAFETY: any address will do.
-            unsafe { S::prefetch(start.wrapping_add(line)) };
+            unsafe { S::prefetch_far(start.wrapping_add(line)) };
         }
     }
 }

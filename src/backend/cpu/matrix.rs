@@ -138,6 +138,12 @@ impl Matrix {
             .all(|part| CodeLayout::of(part.dtype).is_some())
     }
 
+    /// Whether all weights are numbers of one format.
+    pub(super) fn is_plain(&self) -> bool {
+        let dtype = self.parts[0].dtype;
+        CodeLayout::of(dtype).is_none() && self.parts.iter().all(|part| part.dtype == dtype)
+    }
+
     pub(super) fn pairs(&self) -> &[(Panel, Option<Panel>)] {
         &self.pairs
     }
@@ -249,7 +255,7 @@ impl Part {
         let block_inputs = block_inputs(tensor.dtype);
         let panel_bytes = in_features.div_ceil(block_inputs) * block_bytes(tensor.dtype);
         let panels = out_features.div_ceil(LANES);
-        let mut data = Aligned::zeroed(panels * panel_bytes);
+        let mut data = Aligned::kept(panels * panel_bytes);
         let chunks: Vec<std::sync::Mutex<&mut [u8]>> = data
             .bytes_mut()
             .chunks_mut(panel_bytes)

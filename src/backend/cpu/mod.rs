@@ -17,6 +17,7 @@ pub mod rows;
 pub mod sample;
 pub mod simd;
 pub mod softmax;
+pub mod spent;
 pub mod team;
 mod tile;
 
@@ -34,6 +35,7 @@ use matrix::Matrix;
 use rope::{Angles, Append, Heads};
 use rows::{Rows, Vector};
 use simd::{Isa, Kernel, LANES, Simd};
+use spent::{Spent, Stopwatch};
 use std::sync::{Mutex, MutexGuard};
 use team::Team;
 
@@ -46,6 +48,8 @@ pub struct Cpu {
     /// that is not yet the operation's.
     inputs: Mutex<Inputs>,
     unfinished: Mutex<Rows>,
+    matmul_time: Stopwatch,
+    attention_time: Stopwatch,
 }
 
 /// A batch with its positions worked out.
@@ -73,12 +77,14 @@ impl Cpu {
             exact: false,
             inputs: Mutex::new(Inputs::default()),
             unfinished: Mutex::new(Rows::new(0, LANES)),
+            matmul_time: Stopwatch::default(),
+            attention_time: Stopwatch::default(),
         })
     }
 
     /// Computes every product from the weights as dequantised and activations in float32. Without it,
-    /// products of quantised weights take activations rounded to sixteen bits, where the processor has
-    /// byte products (`integer.rs`).
+    /// products of quantised weights take activations rounded to sixteen bits, where the processor
+    /// multiplies integers fast (`integer.rs`).
     pub fn exact(self) -> Cpu {
         Cpu {
             exact: true,
@@ -96,6 +102,14 @@ impl Cpu {
 
     pub fn team(&self) -> &Team {
         &self.team
+    }
+
+    /// Where the time went since this backend was made.
+    pub fn spent(&self) -> Spent {
+        Spent {
+            matmul: self.matmul_time.total(),
+            attention: self.attention_time.total(),
+        }
     }
 
     /// `f` of every row, on all threads.
@@ -125,12 +139,14 @@ impl Cpu {
         out: &mut Rows,
     ) {
         let inputs = &mut *lock(&self.inputs);
-        let form = match !self.exact && self.isa.dot4() && weight.has_codes() {
+        let form = match !self.exact && self.isa.has_integer_products() && weight.has_codes() {
             true => Form::Quantised,
             false => Form::Float,
         };
-        inputs.fill(&self.team, self.isa, form, x);
-        matmul(&self.team, self.isa, inputs, weight, bias, epilogue, out);
+        self.matmul_time.time(|| {
+            inputs.fill(&self.team, self.isa, form, x);
+            matmul(&self.team, self.isa, inputs, weight, bias, epilogue, out);
+        });
     }
 }
 
@@ -339,16 +355,9 @@ impl Backend for Cpu {
             softcap: attention.softcap,
             window: attention.window,
         };
-        attention::attention(
-            &self.team,
-            self.isa,
-            &plan.batch,
-            &plan.attention,
-            shape,
-            qkv,
-            kv,
-            out,
-        );
+        let (batch, plan) = (&plan.batch, &plan.attention);
+        self.attention_time
+            .time(|| attention::attention(&self.team, self.isa, batch, plan, shape, qkv, kv, out));
     }
 
     fn matmul_add(

@@ -2,6 +2,7 @@
 
 use super::simd::LANES;
 use memmap2::MmapMut;
+use std::sync::{Arc, Mutex, Weak};
 
 /// Memory that starts on a cache line.
 pub struct Aligned {
@@ -14,6 +15,8 @@ enum Memory {
     /// Straight from the operating system, which gives zeroed pages as they are touched, huge ones
     /// where it can: a stream through 4 KiB pages waits for page tables.
     Pages(MmapMut),
+    /// A part of such pages.
+    Piece(Piece),
 }
 
 #[repr(C, align(64))]
@@ -26,16 +29,21 @@ const PAGES_FROM: usize = 8 << 20;
 impl Aligned {
     /// `bytes` zeroed bytes.
     pub fn zeroed(bytes: usize) -> Aligned {
-        let memory = match (bytes >= PAGES_FROM).then(|| MmapMut::map_anon(bytes)) {
-            Some(Ok(pages)) => {
-                // Advice: where it is not taken, pages are small.
-                #[cfg(target_os = "linux")]
-                let _ = pages.advise(memmap2::Advice::HugePage);
-                Memory::Pages(pages)
-            }
-            _ => Memory::Lines(vec![Line([0; 64]); bytes.div_ceil(64)]),
+        let memory = match (bytes >= PAGES_FROM).then(|| huge_pages(bytes)).flatten() {
+            Some(pages) => Memory::Pages(pages),
+            None => Memory::Lines(vec![Line([0; 64]); bytes.div_ceil(64)]),
         };
         Aligned { memory, bytes }
+    }
+
+    /// The same for what is kept as long as a model: what is too small for huge pages of its own
+    /// shares them, and its memory comes back when the last of those beside it is gone.
+    pub fn kept(bytes: usize) -> Aligned {
+        let piece = (bytes < PAGES_FROM).then(|| Piece::new(bytes)).flatten();
+        match piece.map(Memory::Piece) {
+            Some(memory) => Aligned { memory, bytes },
+            None => Aligned::zeroed(bytes),
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -50,6 +58,7 @@ impl Aligned {
         match &self.memory {
             Memory::Lines(lines) => lines.as_ptr().cast(),
             Memory::Pages(pages) => pages.as_ptr(),
+            Memory::Piece(piece) => piece.start,
         }
     }
 
@@ -57,6 +66,7 @@ impl Aligned {
         match &mut self.memory {
             Memory::Lines(lines) => lines.as_mut_ptr().cast(),
             Memory::Pages(pages) => pages.as_mut_ptr(),
+            Memory::Piece(piece) => piece.start,
         }
     }
 
@@ -81,6 +91,66 @@ impl Aligned {
             data: self.as_f32_mut().as_mut_ptr(),
             stride,
         }
+    }
+}
+
+fn huge_pages(bytes: usize) -> Option<MmapMut> {
+    let pages = MmapMut::map_anon(bytes).ok()?;
+    // Advice: where it is not taken, pages are small.
+    #[cfg(target_os = "linux")]
+    let _ = pages.advise(memmap2::Advice::HugePage);
+    Some(pages)
+}
+
+/// Bytes that belong to one owner, of pages that several share.
+struct Piece {
+    start: *mut u8,
+    /// Keeps the pages.
+    _slab: Arc<Slab>,
+}
+
+// SAFETY: nobody but the owner of a piece touches its bytes.
+unsafe impl Send for Piece {}
+unsafe impl Sync for Piece {}
+
+struct Slab {
+    start: *mut u8,
+    _pages: MmapMut,
+}
+
+// SAFETY: the pointer is only handed out in pieces that do not overlap.
+unsafe impl Send for Slab {}
+unsafe impl Sync for Slab {}
+
+const SLAB_BYTES: usize = 32 << 20;
+/// The slab that pieces are cut from, and how much of it is taken.
+static OPEN_SLAB: Mutex<(Weak<Slab>, usize)> = Mutex::new((Weak::new(), 0));
+
+impl Piece {
+    /// Of at most [`SLAB_BYTES`]; none where there is no memory.
+    fn new(bytes: usize) -> Option<Piece> {
+        let mut open = OPEN_SLAB
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner());
+        let (weak, taken) = &mut *open;
+        let room = weak.upgrade().filter(|_| *taken + bytes <= SLAB_BYTES);
+        let slab = match room {
+            Some(slab) => slab,
+            None => {
+                let mut pages = huge_pages(SLAB_BYTES)?;
+                let start = pages.as_mut_ptr();
+                let slab = Arc::new(Slab {
+                    start,
+                    _pages: pages,
+                });
+                (*weak, *taken) = (Arc::downgrade(&slab), 0);
+                slab
+            }
+        };
+        // SAFETY: `bytes` more fit into the slab, and nobody else gets them.
+        let start = unsafe { slab.start.add(*taken) };
+        *taken += bytes.next_multiple_of(size_of::<Line>());
+        Some(Piece { start, _slab: slab })
     }
 }
 

@@ -7,6 +7,10 @@ use super::format::Plain;
 use super::simd::{Kernel, LANES, Simd};
 use std::marker::PhantomData;
 
+/// Rows for which panels are taken one after the other: one is chains enough, and a single
+/// stream through memory is what the processor follows best.
+const FEW: usize = 1;
+
 /// Products of an interleaved tile `[inputs][rows]` with two panels: `c[row][2][16]`, rows `c_stride`
 /// apart. What lies `AHEAD` bytes further on in the panels is asked for on the way.
 ///
@@ -25,7 +29,7 @@ pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const AHEAD: usize>(
     macro_rules! rows {
         ($($rows:literal)*) => {
             match rows {
-                $($rows if const { $rows <= S::TILE_ROWS && S::TILE_PANELS == 2 } => {
+                $($rows if const { $rows > FEW && $rows <= S::TILE_ROWS && S::TILE_PANELS == 2 } => {
                     S::call(RegisterTile::<F, AHEAD, $rows, 2, 1, $rows> {
                         x, w, inputs, c, c_stride, first, format: PhantomData,
                     })

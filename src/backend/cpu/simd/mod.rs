@@ -33,8 +33,11 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// registers hold beside one weight vector a panel and one broadcast.
     const TILE_ROWS: usize;
     const TILE_PANELS: usize;
-    /// Whether [`Simd::dot4`] is one instruction, so that integer products pay.
-    const DOT4: bool;
+    /// Which integer products pay.
+    const PRODUCTS: Products;
+    /// Rows of the register tile of integer products, of which each result has a sum of integers and
+    /// one of float32.
+    const PRODUCT_ROWS: usize;
 
     /// Runs a kernel as a function of its own, compiled for this instruction set: for what is large
     /// and called from several places.
@@ -42,6 +45,11 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
 
     /// Asks for the cache line of an address that will be read soon; any address will do.
     unsafe fn prefetch(p: *const u8);
+    /// The same into the second-level cache, for what the first has no room for yet.
+    #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        unsafe { Self::prefetch(p) }
+    }
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -74,6 +82,17 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn to_i32(a: Self::V) -> Self::I;
     /// Stores the lowest byte of each lane.
     unsafe fn store_low_bytes(p: *mut u8, a: Self::I);
+    /// Stores the lower half of each lane, which must be in the range of a signed one.
+    #[inline(always)]
+    unsafe fn store_low_halves(p: *mut u16, a: Self::I) {
+        let mut lanes = [0u32; LANES];
+        unsafe {
+            Self::store_u32(lanes.as_mut_ptr(), a);
+            for (i, lane) in lanes.into_iter().enumerate() {
+                *p.add(i) = lane as u16;
+            }
+        }
+    }
     unsafe fn splat_i32(x: i32) -> Self::I;
     /// Wraps around.
     unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I;
@@ -83,6 +102,24 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     unsafe fn dot4(sum: Self::I, u: Self::I, s: Self::I) -> Self::I {
         unsafe { dot4_by_lanes::<Self>(sum, u, s) }
+    }
+
+    /// `sum + Σ a·b` over the two signed halves of each lane.
+    #[inline(always)]
+    unsafe fn dot2(sum: Self::I, a: Self::I, b: Self::I) -> Self::I {
+        let mut lanes = [[0u32; LANES]; 3];
+        unsafe {
+            for (lanes, v) in lanes.iter_mut().zip([sum, a, b]) {
+                Self::store_u32(lanes.as_mut_ptr(), v);
+            }
+            let [sums, a, b] = &mut lanes;
+            for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+                let product =
+                    |shift: u32| i32::from((*a >> shift) as i16) * i32::from((*b >> shift) as i16);
+                *sum = sum.wrapping_add((product(0).wrapping_add(product(16))) as u32);
+            }
+            Self::load_u32(lanes[0].as_ptr())
+        }
     }
 
     /// Adds the lanes in a fixed tree: lane i with i + 8, then 4, 2, 1 apart.
@@ -178,6 +215,17 @@ unsafe fn dot4_by_lanes<S: Simd>(sum: S::I, u: S::I, s: S::I) -> S::I {
     }
 }
 
+/// How products of codes with activations of sixteen bits are computed in whole numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Products {
+    /// Not at all: float32 is faster.
+    None,
+    /// Of bytes ([`Simd::dot4`]), the activation's two bytes apart.
+    Bytes,
+    /// Of sixteen bits ([`Simd::dot2`]).
+    Halves,
+}
+
 /// A computation written once over [`Simd`].
 pub trait Kernel {
     type Output;
@@ -268,9 +316,14 @@ impl Isa {
         self.dispatch(TileRows)
     }
 
-    /// Whether integer products pay: see [`Simd::DOT4`].
-    pub fn dot4(self) -> bool {
-        self.dispatch(Dot4)
+    /// Whether integer products pay: see [`Simd::PRODUCTS`].
+    pub fn has_integer_products(self) -> bool {
+        self.dispatch(HasProducts)
+    }
+
+    /// Rows of the register tile of integer products.
+    pub fn product_rows(self) -> usize {
+        self.dispatch(ProductRows)
     }
 
     /// Runs a kernel, compiled for this instruction set.
@@ -304,12 +357,21 @@ impl Kernel for TileRows {
     }
 }
 
-struct Dot4;
-impl Kernel for Dot4 {
+struct HasProducts;
+impl Kernel for HasProducts {
     type Output = bool;
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> bool {
-        S::DOT4
+        !matches!(S::PRODUCTS, Products::None)
+    }
+}
+
+struct ProductRows;
+impl Kernel for ProductRows {
+    type Output = usize;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> usize {
+        S::PRODUCT_ROWS
     }
 }
 
@@ -404,20 +466,22 @@ mod tests {
 
     struct Dots<'a>([&'a [u32; LANES]; 3]);
     impl Kernel for Dots<'_> {
-        type Output = [u32; LANES];
+        /// Of bytes, and of halves.
+        type Output = [[u32; LANES]; 2];
         #[inline(always)]
         unsafe fn run<S: Simd>(self) -> Self::Output {
-            let mut out = [0; LANES];
+            let mut out = [[0; LANES]; 2];
             unsafe {
                 let [sum, u, s] = self.0.map(|lanes| S::load_u32(lanes.as_ptr()));
-                S::store_u32(out.as_mut_ptr(), S::dot4(sum, u, s));
+                S::store_u32(out[0].as_mut_ptr(), S::dot4(sum, u, s));
+                S::store_u32(out[1].as_mut_ptr(), S::dot2(sum, u, s));
             }
             out
         }
     }
 
     #[test]
-    fn byte_products_are_exact_on_every_instruction_set() {
+    fn integer_products_are_exact_on_every_instruction_set() {
         let words = |factor: u32| -> [u32; LANES] {
             std::array::from_fn(|i| factor.wrapping_mul(i as u32 * 2 + 1))
         };
@@ -425,13 +489,18 @@ mod tests {
         // The largest products of both signs, which a saturating instruction would cut off.
         (u[0], s[0], u[1], s[1]) = (u32::MAX, 0x7f7f_7f7f, u32::MAX, 0x8080_8080);
         for isa in Isa::available() {
-            let dots = isa.dispatch(Dots([&sum, &u, &s]));
+            let [dots, of_halves] = isa.dispatch(Dots([&sum, &u, &s]));
             for i in 0..LANES {
                 let products = u[i].to_le_bytes().into_iter().zip(s[i].to_le_bytes());
                 let dot: i32 = products
                     .map(|(u, s)| i32::from(u) * i32::from(s as i8))
                     .sum();
                 assert_eq!(dots[i] as i32, sum[i] as i32 + dot, "{}", isa.name());
+                let half = |word: u32, shift: u32| i32::from((word >> shift) as i16);
+                let product = |shift: u32| half(u[i], shift).wrapping_mul(half(s[i], shift));
+                let dot = product(0).wrapping_add(product(16));
+                let expected = (sum[i] as i32).wrapping_add(dot);
+                assert_eq!(of_halves[i] as i32, expected, "{}", isa.name());
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Sixteen lanes on aarch64: four NEON registers. NEON is part of the baseline there; byte products
 //! (`usdot`) came with Armv8.6 (I8MM: Graviton 3, Apple M2 and what followed).
 
-use super::{Kernel, Simd};
+use super::{Kernel, Products, Simd};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -56,7 +56,11 @@ unsafe impl<const I8MM: bool> Simd for Neon<I8MM> {
     // Of 32 registers 24 accumulators, 4 of a weight vector, 1 broadcast.
     const TILE_ROWS: usize = 6;
     const TILE_PANELS: usize = 1;
-    const DOT4: bool = I8MM;
+    const PRODUCTS: Products = match I8MM {
+        true => Products::Bytes,
+        false => Products::None,
+    };
+    const PRODUCT_ROWS: usize = 3;
 
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
         unsafe {

@@ -1,6 +1,6 @@
 //! Sixteen lanes as an array: what every target without an implementation of its own runs.
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Products, Simd};
 
 #[derive(Clone, Copy)]
 pub struct Portable;
@@ -18,7 +18,8 @@ unsafe impl Simd for Portable {
     // A tile of 4 rows leaves an instruction set with 32 registers of four lanes room to spare.
     const TILE_ROWS: usize = 4;
     const TILE_PANELS: usize = 1;
-    const DOT4: bool = false;
+    const PRODUCTS: Products = Products::None;
+    const PRODUCT_ROWS: usize = Self::TILE_ROWS / 2;
 
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
         unsafe { kernel.run::<Portable>() }

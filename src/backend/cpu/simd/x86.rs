@@ -1,6 +1,6 @@
 //! Sixteen lanes on x86-64: one AVX-512 register, or two AVX2 registers.
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Products, Simd};
 use std::arch::x86_64::*;
 
 /// # Safety
@@ -34,7 +34,8 @@ unsafe impl Simd for Avx512 {
     // 24 accumulators, 2 weights; the broadcast is a memory operand of the multiply-add.
     const TILE_ROWS: usize = 12;
     const TILE_PANELS: usize = 2;
-    const DOT4: bool = true;
+    const PRODUCTS: Products = Products::Bytes;
+    const PRODUCT_ROWS: usize = 6;
 
     #[inline(always)]
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
@@ -43,6 +44,10 @@ unsafe impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -213,20 +218,6 @@ unsafe fn greatest8(eight: __m256) -> f32 {
     }
 }
 
-/// What `dpbusd` gives, without it: the upper bit of `u` apart, for the sixteen-bit sums of two
-/// products saturate.
-#[inline(always)]
-unsafe fn byte_products(sum: __m256i, u: __m256i, s: __m256i) -> __m256i {
-    unsafe {
-        let ones = _mm256_set1_epi16(1);
-        let part = |mask: u8| {
-            let u = _mm256_and_si256(u, _mm256_set1_epi8(mask as i8));
-            _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), ones)
-        };
-        _mm256_add_epi32(sum, _mm256_add_epi32(part(0x7f), part(0x80)))
-    }
-}
-
 /// AVX2, with the 256-bit byte products of VNNI or without.
 #[derive(Clone, Copy)]
 pub struct Avx2<const VNNI: bool>;
@@ -251,7 +242,11 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
     // 6 rows × 2 registers = 12 accumulators, 2 weights, 1 broadcast, of 16.
     const TILE_ROWS: usize = 6;
     const TILE_PANELS: usize = 1;
-    const DOT4: bool = VNNI;
+    const PRODUCTS: Products = match VNNI {
+        true => Products::Bytes,
+        false => Products::Halves,
+    };
+    const PRODUCT_ROWS: usize = 4;
 
     #[inline(always)]
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
@@ -266,6 +261,10 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
@@ -442,19 +441,33 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    unsafe fn dot4(sum: Self::I, u: Self::I, s: Self::I) -> Self::I {
+    unsafe fn store_low_halves(p: *mut u16, a: Self::I) {
         unsafe {
-            if VNNI {
-                Pair(
-                    _mm256_dpbusd_avx_epi32(sum.0, u.0, s.0),
-                    _mm256_dpbusd_avx_epi32(sum.1, u.1, s.1),
-                )
-            } else {
-                Pair(
-                    byte_products(sum.0, u.0, s.0),
-                    byte_products(sum.1, u.1, s.1),
-                )
-            }
+            // Packing works within halves of 128 bits: the middle quarters change places.
+            let halves = _mm256_packs_epi32(a.0, a.1);
+            let halves = _mm256_permute4x64_epi64::<0b11_01_10_00>(halves);
+            _mm256_storeu_si256(p.cast(), halves);
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot4(sum: Self::I, u: Self::I, s: Self::I) -> Self::I {
+        if !VNNI {
+            return unsafe { super::dot4_by_lanes::<Self>(sum, u, s) };
+        }
+        unsafe {
+            Pair(
+                _mm256_dpbusd_avx_epi32(sum.0, u.0, s.0),
+                _mm256_dpbusd_avx_epi32(sum.1, u.1, s.1),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot2(sum: Self::I, a: Self::I, b: Self::I) -> Self::I {
+        unsafe {
+            Pair(
+                _mm256_add_epi32(sum.0, _mm256_madd_epi16(a.0, b.0)),
+                _mm256_add_epi32(sum.1, _mm256_madd_epi16(a.1, b.1)),
+            )
         }
     }
     #[inline(always)]

@@ -4,18 +4,20 @@
 //! measured before and after, and the better value of each counts, so that a machine that was busy
 //! meanwhile does not flatter the engine.
 
+mod memory;
+mod report;
+
 use std::time::Instant;
 
 use clap::Args;
-use console::style;
-use serde::Serialize;
 
 use super::error::CliError;
 use super::options::{Device, GlobalOptions};
 use super::progress::{Progress, Unit};
 use super::session::{cpu, load, open_files};
 use crate::backend::cpu::Cpu;
-use crate::backend::cpu::limits::{self, Limits};
+use crate::backend::cpu::limits;
+use crate::backend::cpu::spent::Spent;
 use crate::backend::random::uniform;
 use crate::backend::sampling::{SampleRow, SamplingParams};
 use crate::backend::{Backend, Batch, Group, PAGE_LEN, PageId, Segment};
@@ -24,16 +26,19 @@ use crate::model::forward::{Depth, Model, State};
 use crate::ranker::{
     FeaturePosition, Normalization, Ranker, RankerConfig, RankerKind, RankerTensor, Relevance,
 };
+use report::{ANSWER_TOKENS, BenchReport, Decoded, Memory, Pass, Passes, Ranked, Work, median};
 
 const EXAMPLES: &str = "\
 Examples:
   podium bench
   podium bench --model model.gguf --n 1,32 --threads 1
   podium bench --json | jq .decode
+  PODIUM_ISA=avx2 podium bench      as on a processor without AVX-512, limits included
 
 GB/s counts the bytes that a step has to read: every weight once, the prompt's keys and values
 once for all candidates, each candidate's own. GFLOP/s counts the multiply-adds of matmuls and
-attention, twice.";
+attention, twice. Behind the bar: the share of the time that the products with weights take, their
+own share of the multiply-add peak, and attention's share of the time.";
 
 /// Measure this machine's limits, and the engine's speed as fractions of them
 #[derive(Args, Clone, Debug)]
@@ -74,100 +79,6 @@ pub struct BenchOptions {
 
 /// Candidates that the ranker is timed with.
 const RANKED: [usize; 3] = [8, 100, 1000];
-/// Length of the answers that the ranker's time is held against.
-const ANSWER_TOKENS: usize = 256;
-
-#[derive(Serialize)]
-struct BenchReport {
-    model: String,
-    device: String,
-    weight_bytes: usize,
-    limits: ReportedLimits,
-    prompt_tokens: usize,
-    prefill: Measured,
-    decode: Vec<Decoded>,
-    ranker: Vec<Ranked>,
-}
-
-#[derive(Serialize)]
-struct ReportedLimits {
-    read_gb_per_s: f64,
-    copy_gb_per_s: f64,
-    fma_gflop_per_s: f64,
-}
-
-#[derive(Serialize)]
-struct Decoded {
-    n: usize,
-    #[serde(flatten)]
-    measured: Measured,
-}
-
-/// Work done in a time, as rates and as fractions of the limits.
-#[derive(Serialize)]
-struct Measured {
-    tokens_per_s: f64,
-    /// Of one pass: a step, or the whole prompt.
-    seconds: f64,
-    seconds_least: f64,
-    seconds_most: f64,
-    gb_per_s: f64,
-    share_of_read_bandwidth: f64,
-    gflop_per_s: f64,
-    share_of_fma_peak: f64,
-}
-
-#[derive(Serialize)]
-struct Ranked {
-    n: usize,
-    seconds: f64,
-    /// Of the time in which as many answers of 256 tokens are decoded, at the speed of the largest N
-    /// measured.
-    share_of_generation: f64,
-}
-
-/// What a pass does: tokens, bytes read, multiply-adds.
-struct Work {
-    tokens: usize,
-    bytes: usize,
-    multiply_adds: usize,
-}
-
-/// The times of the rounds.
-struct Times {
-    seconds: Vec<f64>,
-}
-
-impl Times {
-    fn new(mut seconds: Vec<f64>) -> Times {
-        seconds.sort_by(f64::total_cmp);
-        Times { seconds }
-    }
-
-    fn median(&self) -> f64 {
-        let seconds = &self.seconds;
-        (seconds[(seconds.len() - 1) / 2] + seconds[seconds.len() / 2]) / 2.0
-    }
-
-    fn measured(&self, work: &Work, limits: &Limits) -> Measured {
-        let seconds = self.median();
-        let (bytes, operations) = (
-            work.bytes as f64 / seconds,
-            2.0 * work.multiply_adds as f64 / seconds,
-        );
-        Measured {
-            tokens_per_s: work.tokens as f64 / seconds,
-            seconds,
-            seconds_least: self.seconds[0],
-            seconds_most: self.seconds[self.seconds.len() - 1],
-            gb_per_s: bytes / 1e9,
-            share_of_read_bandwidth: bytes / limits.read_bandwidth,
-            gflop_per_s: operations / 1e9,
-            share_of_fma_peak: operations / limits.fma_peak,
-        }
-    }
-}
-
 pub fn run(global: &GlobalOptions, options: &BenchOptions) -> Result<(), CliError> {
     options.check()?;
     if !matches!(global.device, Device::Auto | Device::Cpu) {
@@ -175,10 +86,12 @@ pub fn run(global: &GlobalOptions, options: &BenchOptions) -> Result<(), CliErro
         return Err(CliError::Usage(problem.to_string()));
     }
     let cpu = cpu(global)?;
+    let before = limits::measure(cpu.team(), cpu.isa());
+    // What the probes took is given back: the peak from here on is the model's.
+    let peak_counts = memory::forget_peak();
     let model = &load(cpu, &open_files(global)?)?;
     options.check_context(model)?;
     let backend = &model.backend;
-    let before = limits::measure(backend.team(), backend.isa());
     let progress = Progress::new(
         "benchmarking",
         Some((options.rounds * (1 + options.n.len())) as u64),
@@ -190,12 +103,17 @@ pub fn run(global: &GlobalOptions, options: &BenchOptions) -> Result<(), CliErro
     for _ in 0..options.rounds {
         prefill.push(bench.prefill(&mut state)?);
         progress.advance(1);
-        for (seconds, &n) in decode.iter_mut().zip(&options.n) {
-            seconds.push(bench.decode(&mut state, n)?);
+        for (passes, &n) in decode.iter_mut().zip(&options.n) {
+            passes.push(bench.decode(&mut state, n)?);
             progress.advance(1);
         }
     }
     drop(progress);
+    let memory = Memory {
+        peak_bytes: peak_counts.then(memory::peak_bytes).flatten(),
+        model_bytes: model.loaded_bytes(),
+        kv_bytes: bench.kept_tokens() * bench.kv_bytes(),
+    };
     let ranker = bench.ranker()?;
     let ranked = RANKED
         .iter()
@@ -207,9 +125,9 @@ pub fn run(global: &GlobalOptions, options: &BenchOptions) -> Result<(), CliErro
         .n
         .iter()
         .zip(decode)
-        .map(|(&n, seconds)| Decoded {
+        .map(|(&n, passes)| Decoded {
             n,
-            measured: Times::new(seconds).measured(&bench.step_work(n), &limits),
+            measured: Passes(passes).measured(&bench.step_work(n), &limits),
         })
         .collect();
     // The candidates of a round share the machine, so a token's time is that of the largest batch.
@@ -221,13 +139,10 @@ pub fn run(global: &GlobalOptions, options: &BenchOptions) -> Result<(), CliErro
         model: model.name.clone(),
         device: backend.name(),
         weight_bytes: model.weight_bytes(),
-        limits: ReportedLimits {
-            read_gb_per_s: limits.read_bandwidth / 1e9,
-            copy_gb_per_s: limits.copy_bandwidth / 1e9,
-            fma_gflop_per_s: limits.fma_peak / 1e9,
-        },
+        limits: limits.into(),
+        memory,
         prompt_tokens: options.prompt_tokens,
-        prefill: Times::new(prefill).measured(&bench.prefill_work(), &limits),
+        prefill: Passes(prefill).measured(&bench.prefill_work(), &limits),
         decode,
         ranker: ranked
             .into_iter()
@@ -279,15 +194,15 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Seconds for the prompt, in batches of 512 tokens as the engine has it.
-    fn prefill(&self, state: &mut State<Cpu>) -> Result<f64, CliError> {
+    /// The prompt, in batches of 512 tokens as the engine has it.
+    fn prefill(&self, state: &mut State<Cpu>) -> Result<Pass, CliError> {
         const CHUNK: usize = 512;
         let depth = self.all_layers();
         let vocab_size = self.model.config.vocab_size;
         let tokens: Vec<u32> = (0..self.options.prompt_tokens)
             .map(|i| (i * 31 % vocab_size) as u32)
             .collect();
-        let started = Instant::now();
+        let started = self.start();
         let mut start = 0;
         for chunk in tokens.chunks(CHUNK) {
             let segment = Segment {
@@ -311,12 +226,12 @@ impl Bench<'_> {
         }
         self.model
             .logits(state, &[((tokens.len() - 1) % CHUNK) as u32])?;
-        Ok(started.elapsed().as_secs_f64())
+        Ok(self.passes(started, 1))
     }
 
-    /// Seconds for a step of n candidates, the mean over the steps of a round: forward pass, logits
-    /// and sampling, behind the prompt that was prefilled last.
-    fn decode(&self, state: &mut State<Cpu>, n: usize) -> Result<f64, CliError> {
+    /// A step of n candidates, the mean over the steps of a round: forward pass, logits and
+    /// sampling, behind the prompt that was prefilled last.
+    fn decode(&self, state: &mut State<Cpu>, n: usize) -> Result<Pass, CliError> {
         let (depth, steps) = (self.all_layers(), self.options.steps);
         let (prompt_pages, own_pages) = (self.prompt_pages(), steps.div_ceil(PAGE_LEN));
         let first = |candidate: usize| prompt_pages.len() + candidate * own_pages;
@@ -326,7 +241,7 @@ impl Bench<'_> {
         };
         let rows: Vec<u32> = (0..n as u32).collect();
         let mut tokens = vec![1; n];
-        let started = Instant::now();
+        let started = self.start();
         for step in 0..steps {
             let segments = (0..n).map(|candidate| Segment {
                 pages: pages(first(candidate), own_pages),
@@ -363,7 +278,24 @@ impl Bench<'_> {
             let drawn = self.model.backend.sample(logits, &draws)?;
             tokens = drawn.into_iter().map(|sampled| sampled.token).collect();
         }
-        Ok(started.elapsed().as_secs_f64() / steps as f64)
+        Ok(self.passes(started, steps))
+    }
+
+    fn start(&self) -> (Instant, Spent) {
+        (Instant::now(), self.model.backend.spent())
+    }
+
+    /// One of `count` passes since a start.
+    fn passes(&self, (started, before): (Instant, Spent), count: usize) -> Pass {
+        let (time, spent) = (started.elapsed(), self.model.backend.spent().since(before));
+        let count = count as u32;
+        Pass {
+            time: time / count,
+            spent: Spent {
+                matmul: spent.matmul / count,
+                attention: spent.attention / count,
+            },
+        }
     }
 
     /// Seconds to score n candidates: the median of many runs.
@@ -379,7 +311,8 @@ impl Bench<'_> {
             std::hint::black_box(ranker.score(&prompt, &candidates, &[])?);
             seconds.push(started.elapsed().as_secs_f64());
         }
-        Ok(Times::new(seconds).median())
+        seconds.sort_by(f64::total_cmp);
+        Ok(median(&seconds))
     }
 
     /// A listwise ranker of the usual size with random weights: its speed does not depend on them.
@@ -438,8 +371,8 @@ impl Bench<'_> {
         Work {
             tokens: n,
             bytes: self.model.weight_bytes() + (prompt + n * own) * self.kv_bytes(),
-            multiply_adds: n
-                * (self.model.multiply_adds() + (prompt + own) * self.attention_multiply_adds()),
+            matmul_multiply_adds: n * self.model.multiply_adds(),
+            attention_multiply_adds: n * (prompt + own) * self.attention_multiply_adds(),
         }
     }
 
@@ -451,10 +384,15 @@ impl Bench<'_> {
         Work {
             tokens,
             bytes: self.model.weight_bytes() + tokens * self.kv_bytes(),
-            multiply_adds: tokens * (self.model.multiply_adds() - head)
-                + head
-                + seen * self.attention_multiply_adds(),
+            matmul_multiply_adds: tokens * (self.model.multiply_adds() - head) + head,
+            attention_multiply_adds: seen * self.attention_multiply_adds(),
         }
+    }
+
+    /// Tokens whose keys and values are kept in the largest round.
+    fn kept_tokens(&self) -> usize {
+        let most = self.options.n.iter().max().map_or(0, |&n| n);
+        self.options.prompt_tokens + most * self.options.steps
     }
 
     /// Bytes of a token's keys and values, in float32.
@@ -472,117 +410,4 @@ impl Bench<'_> {
 
 fn pages(first: usize, count: usize) -> Vec<PageId> {
     (first..first + count).map(|page| page as PageId).collect()
-}
-
-impl BenchReport {
-    fn print(&self, json: bool) -> Result<(), CliError> {
-        use std::io::Write;
-        let mut stdout = std::io::stdout().lock();
-        if json {
-            let json = serde_json::to_string(self).map_err(std::io::Error::from)?;
-            return Ok(writeln!(stdout, "{json}")?);
-        }
-        let ReportedLimits {
-            read_gb_per_s,
-            copy_gb_per_s,
-            fma_gflop_per_s,
-        } = self.limits;
-        writeln!(
-            stdout,
-            "model   {}, {:.1} MB of weights a step",
-            self.model,
-            self.weight_bytes as f64 / 1e6
-        )?;
-        writeln!(stdout, "device  {}", self.device)?;
-        writeln!(
-            stdout,
-            "limits  read {read_gb_per_s:.1} GB/s, copy {copy_gb_per_s:.1} GB/s, multiply-add {fma_gflop_per_s:.1} GFLOP/s\n"
-        )?;
-        let header = format!(
-            "{:<20}{:>12}{:>11}{:>17}{:>9}{:>10}{:>11}{:>9}",
-            "", "tokens/s", "ms", "(least .. most)", "GB/s", "of limit", "GFLOP/s", "of peak"
-        );
-        writeln!(stdout, "{}", style(header).bold())?;
-        let prompt_tokens = self.prompt_tokens;
-        writeln!(
-            stdout,
-            "{}",
-            row(&format!("prefill {prompt_tokens}"), &self.prefill)
-        )?;
-        for Decoded { n, measured } in &self.decode {
-            writeln!(stdout, "{}", row(&format!("decode, N = {n}"), measured))?;
-        }
-        writeln!(stdout)?;
-        for Ranked {
-            n,
-            seconds,
-            share_of_generation,
-        } in &self.ranker
-        {
-            writeln!(
-                stdout,
-                "ranker, N = {n:<5} {:>8.3} ms: {:.4} % of decoding {n} answers of {ANSWER_TOKENS} tokens",
-                seconds * 1e3,
-                share_of_generation * 100.0
-            )?;
-        }
-        Ok(())
-    }
-}
-
-fn row(name: &str, measured: &Measured) -> String {
-    let Measured {
-        tokens_per_s,
-        seconds,
-        seconds_least,
-        seconds_most,
-        gb_per_s,
-        gflop_per_s,
-        ..
-    } = measured;
-    format!(
-        "{name:<20}{tokens_per_s:>12.1}{:>11.2}{:>17}{gb_per_s:>9.2}{:>8.1} %{gflop_per_s:>11.1}{:>7.1} %",
-        seconds * 1e3,
-        format!("{:.2} .. {:.2}", seconds_least * 1e3, seconds_most * 1e3),
-        measured.share_of_read_bandwidth * 100.0,
-        measured.share_of_fma_peak * 100.0,
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rates_are_work_over_the_median_time() {
-        let limits = Limits {
-            read_bandwidth: 8e9,
-            copy_bandwidth: 4e9,
-            fma_peak: 100e9,
-        };
-        let work = Work {
-            tokens: 10,
-            bytes: 1_000_000_000,
-            multiply_adds: 5_000_000_000,
-        };
-        let measured = Times::new(vec![0.9, 0.25, 0.5]).measured(&work, &limits);
-        assert_eq!(
-            (
-                measured.seconds,
-                measured.seconds_least,
-                measured.seconds_most
-            ),
-            (0.5, 0.25, 0.9)
-        );
-        assert_eq!(measured.tokens_per_s, 20.0);
-        assert_eq!(
-            (measured.gb_per_s, measured.share_of_read_bandwidth),
-            (2.0, 0.25)
-        );
-        assert_eq!(
-            (measured.gflop_per_s, measured.share_of_fma_peak),
-            (20.0, 0.2)
-        );
-        assert_eq!(Times::new(vec![1.0, 4.0, 2.0, 3.0]).median(), 2.5);
-    }
 }
