@@ -122,7 +122,7 @@ def held_out(work, task, recipe):
     """Mean accuracy on held-out training items over the seeds, and the mean of the best passes."""
     train = work.data / task / "train"
     # Few items hold out too few: more seeds hold out others.
-    seeds = SEEDS if Collection(train).info["items"] > 600 else range(8)
+    seeds = SEEDS if Collection(train).info["items"] > 600 else range(4)
     runs = [work.train([train], recipe, seed) for seed in seeds]
     return mean(accuracy for _, accuracy, _ in runs), round(mean(run[2]["best"]["epoch"] for run in runs))
 
