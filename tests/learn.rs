@@ -249,6 +249,66 @@ fn candidates_are_written_in_other_forms() {
     folder.podium(&export).assert().code(2);
 }
 
+/// Changes the lines of a collection; items count from 0.
+fn change_lines(folder: &Path, change: impl Fn(usize, &mut Value)) {
+    let path = folder.join("candidates.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let changed: String = text
+        .lines()
+        .enumerate()
+        .map(|(item, line)| {
+            let mut line = serde_json::from_str(line).unwrap();
+            change(item, &mut line);
+            format!("{line}\n")
+        })
+        .collect();
+    std::fs::write(path, changed).unwrap();
+}
+
+#[test]
+fn samples_for_evalplus_have_its_task_and_every_candidate() {
+    let folder = Folder::new();
+    change_lines(&folder.path("test"), |item, line| {
+        line["task_id"] = json!(format!("HumanEval/{item}"));
+    });
+    let export = ["eval", "test", "--export", "evalplus=out.jsonl"];
+    folder.podium(&export).assert().success();
+    let samples = std::fs::read_to_string(folder.path("out.jsonl")).unwrap();
+    let samples: Vec<Value> = samples
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let lines = std::fs::read_to_string(folder.path("test/candidates.jsonl")).unwrap();
+    let mut expected = Vec::new();
+    for (item, line) in lines.lines().enumerate() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        for text in line["candidates"].as_array().unwrap() {
+            expected.push(json!({"task_id": format!("HumanEval/{item}"), "completion": text}));
+        }
+    }
+    assert_eq!(expected.len(), 60 * N);
+    assert_eq!(samples, expected);
+}
+
+#[test]
+fn the_greedy_answer_is_measured_where_every_item_has_it() {
+    let folder = Folder::new();
+    let right = |item: usize| f64::from(u8::from(item % 3 == 0));
+    change_lines(&folder.path("test"), |item, line| {
+        line["greedy"] = json!({"text": "answer", "label": right(item)});
+    });
+    let measured = folder.json(&["eval", "test"]);
+    assert_eq!(accuracy(&measured, "greedy"), 20.0 / 60.0);
+    change_lines(&folder.path("test"), |item, line| {
+        if item == 7 {
+            line.as_object_mut().unwrap().remove("greedy");
+        }
+    });
+    let measured = folder.json(&["eval", "test"]);
+    let curves = measured["collections"][0]["curves"].as_array().unwrap();
+    assert!(curves.iter().all(|curve| curve["strategy"] != "greedy"));
+}
+
 #[test]
 fn items_of_training_are_not_measured() {
     let folder = Folder::new();
@@ -411,6 +471,76 @@ fn killed_at_any_moment_it_ends_with_the_same_file() {
     let [whole, killed] = ["whole.safetensors", "killed.safetensors"]
         .map(|file| std::fs::read(folder.path(file)).unwrap());
     assert!(whole == killed);
+}
+
+/// A full disk: the message names it, the last checkpoint stays as it was, and is gone on from.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_keeps_the_last_checkpoint() {
+    let folder = Folder::new();
+    let arguments = |output: &'static str| {
+        let long = ["--epochs", "100", "--patience", "100", "--name", "r"];
+        [&["train", "train", "-o", output][..], &long].concat()
+    };
+    folder
+        .podium(&arguments("whole.safetensors"))
+        .assert()
+        .success();
+
+    let checkpoint = folder.path("full.safetensors.checkpoint-0");
+    let mut started = std::process::Command::new(env!("CARGO_BIN_EXE_podium"))
+        .current_dir(&folder.0)
+        .args(arguments("full.safetensors"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !checkpoint.exists() && started.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    started.kill().unwrap();
+    started.wait().unwrap();
+    let good = std::fs::read(&checkpoint).unwrap();
+    assert!(good.len() > 4096);
+
+    // Files that cannot grow stand for a disk that cannot hold them: 4 KiB each.
+    let mut full = Command::new("sh");
+    full.args(["-c", "trap '' XFSZ; ulimit -f 8; exec \"$@\"", "sh"]);
+    full.current_dir(&folder.0)
+        .arg(env!("CARGO_BIN_EXE_podium"))
+        .args(arguments("full.safetensors"))
+        .arg("--resume")
+        .timeout(Duration::from_secs(120));
+    let output = full.assert().code(1).get_output().clone();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("cannot write"), "{said}");
+    assert!(said.contains("full.safetensors.checkpoint-0"), "{said}");
+    assert!(std::fs::read(&checkpoint).unwrap() == good);
+    let left = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name();
+    let mut left: Vec<_> = std::fs::read_dir(folder.path(""))
+        .unwrap()
+        .map(left)
+        .collect();
+    left.sort();
+    assert_eq!(
+        left,
+        [
+            "full.safetensors.checkpoint-0",
+            "test",
+            "train",
+            "whole.safetensors"
+        ],
+        "nothing half-written is left"
+    );
+
+    folder
+        .podium(&arguments("full.safetensors"))
+        .arg("--resume")
+        .assert()
+        .success();
+    let [whole, full] = ["whole.safetensors", "full.safetensors"]
+        .map(|file| std::fs::read(folder.path(file)).unwrap());
+    assert!(whole == full);
 }
 
 #[test]

@@ -162,7 +162,7 @@ def offline(options: argparse.Namespace) -> dict:
     prompt = round(statistics.mean(sent))
     candidates = options.clients * options.n
     work = engines.Work(prompt, options.tokens, [candidates], options.threads)
-    speeds = engines.podium(options.podium, options.model, work)
+    speeds = engines.podium(options.podium, options.model, work, isa=None)
     prefill_s = sum(sent) / speeds["prefill"]
     tokens = len(sent) * options.n * options.tokens
     decode_s = tokens / speeds["decode"][candidates]
