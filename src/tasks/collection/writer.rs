@@ -52,7 +52,8 @@ pub struct CollectionWriter {
 
 impl CollectionWriter {
     /// Begins a collection in a folder that is empty or not there, or goes on with one that was begun
-    /// with the same `info`.
+    /// with the same `info`. It may have been begun with fewer `items`: it is then to have as many as
+    /// `info` says, behind those that are there (a last shard that was whole stays as small as it is).
     ///
     /// # Errors
     /// Where the folder is being written by another process, holds something else or a collection
@@ -99,15 +100,13 @@ impl CollectionWriter {
         }
         // Read again under the lock.
         match read_info(folder)? {
-            Some(begun) => refuse_other_settings(folder, &begun, &info)?,
-            None => {
-                let text = serde_json::to_string_pretty(&info).map_err(io::Error::other);
-                let path = folder.join(INFO);
-                let mut file = WholeFile::create(&path)?;
-                text.and_then(|text| writeln!(file, "{text}"))
-                    .map_err(|source| file.error(source))?;
-                file.finish()?;
+            Some(begun) => {
+                refuse_other_settings(folder, &begun, &info)?;
+                if begun.items < info.items {
+                    write_info(folder, &info)?;
+                }
             }
+            None => write_info(folder, &info)?,
         }
         let (shards, sealed_items) = whole_shards(folder, &info)?;
         let part_path = part_path(folder, shards);
@@ -445,6 +444,15 @@ fn whole_shards(folder: &Path, info: &CollectionInfo) -> Result<(usize, usize), 
     }
 }
 
+fn write_info(folder: &Path, info: &CollectionInfo) -> Result<(), CollectionError> {
+    let mut file = WholeFile::create(&folder.join(INFO))?;
+    serde_json::to_string_pretty(info)
+        .map_err(io::Error::other)
+        .and_then(|text| writeln!(file, "{text}"))
+        .map_err(|source| file.error(source))?;
+    Ok(file.finish()?)
+}
+
 fn refuse_other_settings(
     folder: &Path,
     begun: &CollectionInfo,
@@ -454,7 +462,11 @@ fn refuse_other_settings(
         Ok(Value::Object(fields)) => fields,
         _ => Map::new(),
     };
-    let (begun, now) = (object(begun), object(now));
+    let grown = CollectionInfo {
+        items: begun.items.max(now.items),
+        ..begun.clone()
+    };
+    let (begun, now) = (object(&grown), object(now));
     match now
         .iter()
         .find(|(field, value)| begun.get(*field) != Some(*value))
