@@ -179,6 +179,19 @@ fn a_ranker_is_trained_and_measured() {
         assert!(of("first") < 0.25 && of("majority") < 0.5);
         assert!(of("mean log-probability") < 0.5 && of("answer prior") < 0.5);
         assert!(folder.path("n.png").exists());
+        let gains = measured["collections"][0]["gains"].as_array().unwrap();
+        assert_eq!(
+            gains.len(),
+            4,
+            "no gain over the oracle or over itself: {gains:?}"
+        );
+        for gain in gains {
+            assert_eq!(gain["ranker"], kind);
+            let last = |field: &str| gain[field].as_array().unwrap().last().unwrap().as_f64();
+            let [by, low, high] = ["gain", "low", "high"].map(|field| last(field).unwrap());
+            assert!((by - (of(kind) - of(gain["over"].as_str().unwrap()))).abs() < 1e-9);
+            assert!(0.0 < low && low < by && by < high, "{gain}");
+        }
     }
     let measured = folder.json(&[
         "eval",

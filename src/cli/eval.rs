@@ -10,7 +10,7 @@ use super::error::CliError;
 use super::options::GlobalOptions;
 use super::progress::{Progress, Unit};
 use crate::eval::plot::{self, Chart, Series};
-use crate::eval::{self, Evaluation, NamedRanker, Transfer};
+use crate::eval::{self, Evaluation, Gain, NamedRanker, Transfer};
 use crate::ranker::{Ranker, find_builtin};
 use crate::tasks::collection::Collection;
 use crate::tasks::forms::{self, Form};
@@ -23,7 +23,8 @@ Examples:
   podium eval data/gcd/test data/family/test --ranker gcd.safetensors family.safetensors
 
 Accuracy at N is the expected label of the chosen one of N candidates that are drawn from the item's
-pool, with the 95 % interval of a bootstrap over items. With --train, items that occur there are
+pool, with the 95 % interval of a bootstrap over items; what a ranker gains over each other strategy
+is measured item by item, and has an interval of its own. With --train, items that occur there are
 left out, and a control is shown that knows only how often an answer's text was right in training.";
 
 /// Measure rankers against majority, log-probability and the oracle
@@ -175,6 +176,36 @@ fn print(to: &mut impl Write, evaluation: &Evaluation) -> io::Result<()> {
             Some(auc) => writeln!(to, " {auc:.3} |")?,
             None => writeln!(to, " |")?,
         }
+    }
+    writeln!(to)?;
+    print_gains(to, evaluation)
+}
+
+/// A row a ranker, at the largest N.
+fn print_gains(to: &mut impl Write, evaluation: &Evaluation) -> io::Result<()> {
+    let mut rankers = evaluation
+        .gains
+        .chunk_by(|a, b| a.ranker == b.ranker)
+        .peekable();
+    let (Some(n), Some(first)) = (evaluation.n.last(), rankers.peek()) else {
+        return Ok(());
+    };
+    write!(to, "| gain at N = {n} over |")?;
+    for gain in *first {
+        write!(to, " {} |", gain.over)?;
+    }
+    writeln!(to, "\n| --- |{}", " --- |".repeat(first.len()))?;
+    for gains in rankers {
+        write!(to, "| {} |", gains[0].ranker)?;
+        for Gain {
+            gain, low, high, ..
+        } in gains
+        {
+            let last = gain.len() - 1;
+            let (gain, low, high) = (gain[last], low[last], high[last]);
+            write!(to, " {gain:+.3} [{low:+.3}, {high:+.3}] |")?;
+        }
+        writeln!(to)?;
     }
     writeln!(to)
 }

@@ -63,6 +63,18 @@ pub struct Curve {
     pub auc: Option<f64>,
 }
 
+/// By how much a ranker is more accurate than another strategy on the same items, for each n: the mean
+/// of the items' differences, and its 95 % interval. Items that are hard are so for both, so it is
+/// narrower than those of the two accuracies.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Gain {
+    pub ranker: String,
+    pub over: String,
+    pub gain: Vec<f64>,
+    pub low: Vec<f64>,
+    pub high: Vec<f64>,
+}
+
 /// What was measured on one collection.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Evaluation {
@@ -74,6 +86,8 @@ pub struct Evaluation {
     pub seen_in_training: usize,
     pub n: Vec<usize>,
     pub curves: Vec<Curve>,
+    /// Of every ranker over every strategy that knows no ranker.
+    pub gains: Vec<Gain>,
 }
 
 impl Evaluation {
@@ -148,7 +162,8 @@ pub fn evaluate(
         }
     };
 
-    let mut table = vec![rows_of("oracle", &|item| oracle(&all[item].labels, &ns))];
+    let oracle = rows_of("oracle", &|item| oracle(&all[item].labels, &ns));
+    let mut ranked_rows = Vec::new();
     for NamedRanker { name, ranker } in rankers {
         let ranked = Ranked::new(collection, ranker, &items)?;
         let of_items = || items.par_iter().zip(&ranked.scores);
@@ -169,13 +184,13 @@ pub fn evaluate(
                 .collect(),
         };
         let areas = items.iter().zip(&ranked.scores);
-        table.push(Rows {
+        ranked_rows.push(Rows {
             strategy: name.clone(),
             values,
             auc: mean(areas.filter_map(|(&item, scores)| auc(scores, &all[item].labels))),
         });
         if has_answers(&items, collection) {
-            table.push(Rows {
+            ranked_rows.push(Rows {
                 strategy: format!("majority weighted by {name}"),
                 values: of_items()
                     .map(|(&item, scores)| pool(item).weighted_majority(scores, &ns, seed))
@@ -184,22 +199,22 @@ pub fn evaluate(
             });
         }
     }
-    table.push(rows_of("first", &|item| pool(item).first(&ns)));
+    let mut rules = vec![rows_of("first", &|item| pool(item).first(&ns))];
     if items.iter().all(|&item| all[item].greedy.is_some()) {
-        table.push(rows_of("greedy", &|item| {
+        rules.push(rows_of("greedy", &|item| {
             vec![all[item].greedy.map_or(0.0, f64::from); ns.len()]
         }));
     }
     if has_answers(&items, collection) {
-        table.push(rows_of("majority", &|item| pool(item).majority(&ns, seed)));
+        rules.push(rows_of("majority", &|item| pool(item).majority(&ns, seed)));
     }
     if items.iter().all(|&item| all[item].mean_logprob.is_some()) {
-        table.push(by_score("mean log-probability", &|item| {
+        rules.push(by_score("mean log-probability", &|item| {
             all[item].mean_logprob.clone().unwrap_or_default()
         }));
     }
     if items.iter().all(|&item| all[item].self_certainty.is_some()) {
-        table.push(by_score("self-certainty", &|item| {
+        rules.push(by_score("self-certainty", &|item| {
             all[item].self_certainty.clone().unwrap_or_default()
         }));
     }
@@ -208,7 +223,7 @@ pub fn evaluate(
         let prior = AnswerPrior::new(
             known.flat_map(|item| item.answers.iter().zip(item.labels.iter().copied())),
         );
-        table.push(by_score("answer prior", &|item| {
+        rules.push(by_score("answer prior", &|item| {
             all[item]
                 .answers
                 .iter()
@@ -216,6 +231,17 @@ pub fn evaluate(
                 .collect()
         }));
     }
+    let chosen_by = |name: &str| ranked_rows.iter().find(|rows| rows.strategy == name);
+    let pairs: Vec<(&Rows, &Rows)> = rankers
+        .iter()
+        .filter_map(|ranker| chosen_by(&ranker.name))
+        .flat_map(|ranked| rules.iter().map(move |rule| (ranked, rule)))
+        .collect();
+    let table: Vec<&Rows> = [&oracle]
+        .into_iter()
+        .chain(&ranked_rows)
+        .chain(&rules)
+        .collect();
     Ok(Evaluation {
         folder: folder(),
         task: info.task.clone(),
@@ -225,6 +251,10 @@ pub fn evaluate(
         curves: table
             .par_iter()
             .map(|rows| curve(rows, ns.len(), seed))
+            .collect(),
+        gains: pairs
+            .par_iter()
+            .map(|(ranked, rule)| gain(ranked, rule, ns.len(), seed))
             .collect(),
         n: ns,
     })
@@ -340,6 +370,31 @@ fn curve(rows: &Rows, ns: usize, seed: u64) -> Curve {
         low,
         high,
         auc: rows.auc,
+    }
+}
+
+fn gain(ranked: &Rows, over: &Rows, ns: usize, seed: u64) -> Gain {
+    let pairs = ranked.values.iter().zip(&over.values);
+    let differences = Rows {
+        strategy: ranked.strategy.clone(),
+        values: pairs
+            .map(|(ranked, over)| ranked.iter().zip(over).map(|(r, o)| r - o).collect())
+            .collect(),
+        auc: None,
+    };
+    let Curve {
+        strategy,
+        accuracy,
+        low,
+        high,
+        ..
+    } = curve(&differences, ns, seed);
+    Gain {
+        ranker: strategy,
+        over: over.strategy.clone(),
+        gain: accuracy,
+        low,
+        high,
     }
 }
 
