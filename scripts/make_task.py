@@ -218,7 +218,10 @@ def human_eval(seed):
         problems = [json.loads(line) for line in lines]
     random.Random(seed).shuffle(problems)
     for problem in problems:
-        fields = {name: problem[name] for name in ("prompt", "test", "entry_point")}
+        fields = {name: problem[name] for name in ("test", "entry_point")}
+        # The line break belongs to the candidate: tokenizers have one token for it and the indentation
+        # behind it, and a model that finds the break in its prompt mostly ends there.
+        fields["prompt"] = problem["prompt"].rstrip("\n")
         # A function ends where something else begins at the left margin.
         stop = ["\ndef ", "\nclass ", "\nif ", "\nprint", "\n#", "\n@", "\nimport", "\nfrom", "\n```"]
         yield problem["task_id"], problem["task_id"], {**fields, "stop": stop}

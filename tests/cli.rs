@@ -473,6 +473,100 @@ fn items_of_a_file_are_answered_scored_and_turned_into_features() {
     );
 }
 
+/// Many items side by side: each as alone, in their order; those before a bad one are written.
+#[test]
+fn many_items_are_answered_side_by_side() {
+    let model = ChatModel::new(1);
+    let items: String = (0..40)
+        .map(|i| format!("{{\"prompt\":\"{}\"}}\n", "One two ".repeat(1 + i % 7)))
+        .collect();
+    let run = |options: &[&str], input: &str| {
+        let base = ["generate", "--input", "-", "--n", "9", "--seed", "5"];
+        let mut command = podium(&model, &[&base[..], options].concat());
+        command.write_stdin(input.to_string());
+        command
+    };
+    for options in [
+        &["--max-tokens", "11"][..],
+        &["--max-tokens", "5", "--select", "beam"],
+    ] {
+        let together = lines(&stdout(run(options, &items)));
+        assert_eq!(together.len(), 40);
+        for (number, line) in together.iter().enumerate() {
+            assert_eq!(line["id"], number);
+            let alone = json_of(
+                &model,
+                &[
+                    &[
+                        "generate",
+                        "--raw",
+                        line["prompt"].as_str().unwrap(),
+                        "--n",
+                        "9",
+                    ][..],
+                    &["--seed", &line["seed"].to_string()],
+                    options,
+                ]
+                .concat(),
+            );
+            let texts: Vec<&Value> = alone["candidates"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|candidate| &candidate["text"])
+                .collect();
+            assert_eq!(json!(texts), line["candidates"], "item {number}");
+            if number > 4 {
+                break;
+            }
+        }
+    }
+    let too_long = format!("{{\"prompt\":\"{}\"}}\n", "far too long ".repeat(2000));
+    let bad = run(
+        &["--max-tokens", "11"],
+        &[&items[..], &too_long, &items].concat(),
+    )
+    .assert()
+    .code(1);
+    let output = bad.get_output();
+    assert_eq!(lines(&String::from_utf8_lossy(&output.stdout)).len(), 40);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.contains("standard input:41: "), "{message}");
+}
+
+/// Whoever waits for one answer before asking for the next gets it.
+#[test]
+fn items_through_a_pipe_are_answered_as_they_come() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+    let model = ChatModel::new(1);
+    let mut process = Command::new(env!("CARGO_BIN_EXE_podium"))
+        .args([
+            "generate",
+            "--input",
+            "-",
+            "--n",
+            "2",
+            "--max-tokens",
+            "3",
+            "--model",
+        ])
+        .arg(model.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = process.stdin.take().unwrap();
+    let mut answers = BufReader::new(process.stdout.take().unwrap()).lines();
+    for number in 0..5 {
+        writeln!(input, "{{\"prompt\":\"Number {number}\"}}").unwrap();
+        let answer: Value = serde_json::from_str(&answers.next().unwrap().unwrap()).unwrap();
+        assert_eq!(answer["prompt"], format!("Number {number}"));
+    }
+    drop(input);
+    assert!(process.wait().unwrap().success());
+}
+
 #[test]
 fn plain_prompts_become_chats_where_asked() {
     let model = ChatModel::new(1);

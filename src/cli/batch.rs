@@ -1,20 +1,36 @@
 //! `podium generate --input`: candidates for every item of a file, with their features.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
 use super::error::CliError;
 use super::generate::{GenerateOptions, chat};
+use super::in_order::InOrder;
 use super::interrupt;
 use super::options::GlobalOptions;
 use super::output::Output;
 use super::progress::{Progress, Unit};
 use super::session::Session;
 use crate::backend::random::philox4x32;
-use crate::engine::{Candidate, EngineError, Generated};
-use crate::tasks::candidates::{CandidateFile, Item, Prompt};
+use crate::engine::select::Strategy;
+use crate::engine::{Candidate, Completion, EngineError, GenerateRequest, Generated};
+use crate::tasks::candidates::{CandidateFile, CandidateFileError, Item, Prompt};
 use crate::tasks::feature_file::FeatureWriter;
+
+/// Items that are read ahead.
+const READ_AHEAD: usize = 16;
+/// How often Ctrl-C is looked for while there is nothing to do but to wait for an item.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// What an item asks for, as far as its line needs it.
+struct Asked {
+    item: Item,
+    fields: Map<String, Value>,
+    seed: u64,
+}
 
 pub fn run(
     global: &GlobalOptions,
@@ -24,62 +40,110 @@ pub fn run(
     let total = CandidateFile::check(input)?;
     interrupt::catch();
     let mut output = Output::open(options.output.as_deref())?;
-    let mut session = Session::open(global)?;
+    let session = Session::open(global)?;
     let ranker = session.optional_ranker(options.ranker.as_deref())?;
     let layer = options.layer.index(session.engine.config().layers);
     let mut features = match &options.features {
         Some(path) => Some(FeatureWriter::create(path, session.feature_source(layer)?)?),
         None => None,
     };
+    let feature_layers: Vec<usize> = features.iter().map(|_| layer).collect();
     let seed = options.seed();
     session.log(|| format!("seed {seed}"));
     let progress = Progress::beside(&output, "generating", total, Unit::Items);
-    let (mut items, mut tokens, mut seconds) = (0, 0, 0.0);
-    let mut file = CandidateFile::open(input)?;
+    let inbox = read(input.to_path_buf());
+    let of_line = |line: usize, error: CliError| {
+        error.at(format!("{}:{line}", CandidateFile::name_of(input)))
+    };
+    let started = Instant::now();
+    let (mut items, mut tokens) = (0, 0);
     let mut lost = None;
-    while let Some(item) = file.next().transpose()? {
-        let seed = item_seed(seed, items);
-        let (prompt, fields) = as_asked(options, &item);
-        let generated = (|| {
-            let prompt = session.prompt_tokens(&prompt)?;
-            let mut request = options.request(&session, prompt, seed, ranker.clone());
-            if let Some(stop) = &item.stop {
-                request.stop = stop.clone();
-            }
-            request.feature_layers = features.iter().map(|_| layer).collect();
-            Ok(session
-                .engine
-                .generate(&request, &mut |_| interrupt::flow())?)
-        })();
+    // The end of the input, or what is wrong with an item: those before it are written first.
+    let mut input_ended: Option<Result<(), CliError>> = None;
+    let (mut session, mut writing) = InOrder::new(session, 0);
+    'items: loop {
+        let has_room = |writing: &InOrder<Asked>| match options.strategy() {
+            // It does not run beside others.
+            Strategy::Beam => writing.is_empty(),
+            _ => writing.has_room(options.n),
+        };
+        while input_ended.is_none() && has_room(&writing) {
+            let patience = match writing.is_empty() {
+                true => PATIENCE,
+                false => Duration::ZERO,
+            };
+            let item = match inbox.recv_timeout(patience) {
+                Ok(item) => item,
+                Err(RecvTimeoutError::Timeout) => break,
+                Err(RecvTimeoutError::Disconnected) => {
+                    input_ended = Some(Ok(()));
+                    break;
+                }
+            };
+            let begun = item.map_err(CliError::from).and_then(|item| {
+                let line = item.line;
+                let (prompt, fields) = as_asked(options, &item);
+                let seed = item_seed(seed, writing.next() as u64);
+                let prompt = session
+                    .prompt_tokens(&prompt)
+                    .map_err(|error| of_line(line, error))?;
+                let mut request = options.request(&session, prompt, seed, ranker.clone());
+                request.feature_layers.clone_from(&feature_layers);
+                if let Some(stop) = &item.stop {
+                    request.stop.clone_from(stop);
+                }
+                let asked = Asked { item, fields, seed };
+                begin(&mut writing, &mut session, request, asked)
+                    .map_err(|error| of_line(line, error.into()))
+            });
+            input_ended = begun.err().map(Err);
+        }
         if interrupt::interrupted() {
             break;
         }
-        if let Err(CliError::Engine(error @ EngineError::Lost { .. })) = generated {
-            lost = Some(error.to_string());
+        if writing.is_empty() {
+            match input_ended {
+                None => continue,
+                Some(ended) => break ended?,
+            }
+        }
+        writing.step(&mut session);
+        if interrupt::interrupted() {
             break;
         }
-        let generated = generated
-            .map_err(|error: CliError| error.at(format!("{}:{}", file.name(), item.line)))?;
-        output.line(&line(&item, fields, &generated, seed))?;
-        if let Some(features) = &mut features {
-            let candidates = generated
-                .candidates
-                .iter()
-                .map(|candidate| &candidate.features[0][..]);
-            features.push(&generated.prompt_features[0], candidates)?;
+        while let Some((_, asked, ended)) = writing.hand_out() {
+            let generated = match ended {
+                Ok(completions) => {
+                    completions
+                        .into_iter()
+                        .find_map(|completion| match completion {
+                            Completion::Generated(generated) => Some(generated),
+                            Completion::Scored(_) => None,
+                        })
+                }
+                Err(error @ EngineError::Lost { .. }) => {
+                    lost = Some(error.to_string());
+                    break 'items;
+                }
+                Err(error) => return Err(of_line(asked.item.line, error.into())),
+            };
+            // Nothing was submitted to be scored.
+            let Some(generated) = generated else { continue };
+            output.line(&line(&asked.item, asked.fields, &generated, asked.seed))?;
+            if let Some(features) = &mut features {
+                let candidates = generated
+                    .candidates
+                    .iter()
+                    .map(|candidate| &candidate.features[0][..]);
+                features.push(&generated.prompt_features[0], candidates)?;
+            }
+            items += 1;
+            let lengths = generated.candidates.iter().map(|c| c.token_ids.len());
+            tokens += lengths.sum::<usize>();
+            let seconds = started.elapsed().as_secs_f64();
+            progress.note(format!("{:.0} tokens/s", tokens as f64 / seconds));
+            progress.advance(1);
         }
-        items += 1;
-        tokens += generated
-            .candidates
-            .iter()
-            .map(|candidate| candidate.token_ids.len())
-            .sum::<usize>();
-        seconds += generated.timings.decode_s;
-        progress.note(format!(
-            "{:.0} tokens/s",
-            tokens as f64 / f64::max(seconds, 1e-9)
-        ));
-        progress.advance(1);
     }
     drop(progress);
     output.finish()?;
@@ -95,7 +159,41 @@ pub fn run(
             "{why}: wrote the first {items}{of} items"
         )));
     }
-    session.log(|| format!("{items} items, {tokens} tokens, decoded in {seconds:.1} s"));
+    let seconds = started.elapsed().as_secs_f64();
+    session.log(|| format!("{items} items, {tokens} tokens in {seconds:.1} s"));
+    Ok(())
+}
+
+/// Reads items on a thread of its own: whoever writes them to a pipe may want the answer to one before
+/// the next.
+fn read(path: PathBuf) -> Receiver<Result<Item, CandidateFileError>> {
+    let (items, inbox) = sync_channel(READ_AHEAD);
+    std::thread::spawn(move || match CandidateFile::open(&path) {
+        // Where nobody listens any more, there is nothing left to do.
+        Ok(file) => file
+            .into_iter()
+            .map(|item| items.send(item))
+            .all(|sent| sent.is_ok()),
+        Err(error) => items.send(Err(error)).is_ok(),
+    });
+    inbox
+}
+
+fn begin(
+    writing: &mut InOrder<Asked>,
+    session: &mut Session,
+    request: GenerateRequest,
+    asked: Asked,
+) -> Result<(), EngineError> {
+    if request.strategy == Strategy::Beam {
+        let generated = session
+            .engine
+            .generate(&request, &mut |_| interrupt::flow());
+        writing.ended(asked, generated.map(|g| Completion::Generated(Box::new(g))));
+    } else {
+        let group = session.engine.submit(request)?;
+        writing.begin(asked, &[group]);
+    }
     Ok(())
 }
 

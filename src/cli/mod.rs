@@ -13,6 +13,7 @@ mod error;
 mod eval;
 mod features;
 mod generate;
+mod in_order;
 mod interrupt;
 mod live;
 mod options;

@@ -95,13 +95,10 @@ type Adapt = Box<dyn Fn(&mut Map<String, Value>) -> Result<(), String>>;
 impl CandidateFile {
     /// Opens a file, or standard input for `-`.
     pub fn open(path: &Path) -> Result<CandidateFile, CandidateFileError> {
+        let name = CandidateFile::name_of(path);
         if path == Path::new("-") {
-            return Ok(CandidateFile::new(
-                "standard input",
-                Box::new(std::io::stdin().lock()),
-            ));
+            return Ok(CandidateFile::new(&name, Box::new(std::io::stdin().lock())));
         }
-        let name = path.display().to_string();
         let open = || {
             let file = File::open(path)?;
             match file.metadata()?.is_dir() {
@@ -134,6 +131,14 @@ impl CandidateFile {
         CandidateFile {
             adapt: Some(Box::new(adapt)),
             ..self
+        }
+    }
+
+    /// What messages call the file at a path.
+    pub fn name_of(path: &Path) -> String {
+        match path == Path::new("-") {
+            true => "standard input".to_string(),
+            false => path.display().to_string(),
         }
     }
 

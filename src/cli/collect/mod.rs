@@ -231,12 +231,14 @@ pub fn run(global: &GlobalOptions, options: &CollectOptions) -> Result<(), CliEr
         if writing.is_empty() {
             break;
         }
-        let stepped = writing.step(&mut session);
+        writing.step(&mut session);
         if interrupt::interrupted() {
             break;
         }
-        stepped.map_err(|(number, error)| of_item(number, error))?;
-        while let Some((number, what, texts)) = writing.hand_out() {
+        while let Some((number, what, texts)) = writing
+            .hand_out()
+            .map_err(|(number, error)| of_item(number, error))?
+        {
             let verifier = verifier
                 .of_item(&what.line)
                 .map_err(|problem| of_item(number, CliError::Failed(problem)))?;

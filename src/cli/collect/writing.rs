@@ -1,7 +1,4 @@
-//! Items that the model is writing: several at a time, so that the batch stays full while candidates
-//! of one after the other end, and handed out in the order in which they began.
-
-use std::collections::{HashMap, VecDeque};
+//! What the model writes of items, and the line that comes of it.
 
 use serde_json::{Map, Value, json};
 
@@ -9,77 +6,45 @@ use super::{Candidate, CollectOptions};
 use crate::cli::batch::item_seed;
 use crate::cli::error::CliError;
 use crate::cli::generate::chat;
-use crate::cli::interrupt;
+use crate::cli::in_order::InOrder;
 use crate::cli::session::Session;
-use crate::engine::scheduler::{GroupId, Limits};
 use crate::engine::select::Strategy;
 use crate::engine::stop::FinishReason;
 use crate::engine::{Completion, GenerateRequest, Generated, ScoreRequest, Scored};
 use crate::tasks::candidates::{Candidates, Item, Prompt};
 
-/// Candidates that decode at a time, where an item does not have more by itself: what a batch gains
-/// by more rows is little, and the last layer's rows and the keys and values take memory.
-const ROWS: usize = 128;
-
-/// Bytes of keys and values of earlier prompts that are kept: items of a task mostly begin alike, with
-/// the same instruction and solved examples.
-const CACHED_PROMPT_BYTES: usize = 256 << 20;
-
-/// An item that is being written.
-struct Pending {
+/// An item that is being written: its line so far, and how it is to be read.
+struct Begun {
     line: Map<String, Value>,
-    /// The candidates, and with `--greedy` one more answer, for as long as they are not there.
-    missing: usize,
-    written: Option<Written>,
-    greedy: Option<Generated>,
     /// Whether the log-probabilities of given candidates were asked for: the item has none.
     logprobs: bool,
 }
 
-enum Written {
-    Generated(Generated),
-    /// Candidates that came with the item.
-    Scored(Scored),
-}
-
-/// Items from the first that has not been handed out to the last that has begun.
-pub struct Writing {
-    pending: VecDeque<Pending>,
-    /// The first one's number.
-    first: usize,
-    /// Of each group, its item, and whether it is the greedy answer.
-    groups: HashMap<GroupId, (usize, bool)>,
-}
+/// Items that are being written: the candidates of each, or the scores of those that it came with, and
+/// with `--greedy` one more answer.
+pub struct Writing(InOrder<Begun>);
 
 impl Writing {
     /// Nothing yet; `first` is the number of the item to begin with.
     pub fn new(session: Session, first: usize) -> (Session, Writing) {
-        let page_bytes = session.engine.page_bytes();
-        let limits = Limits {
-            cached_pages: CACHED_PROMPT_BYTES / page_bytes,
-            candidates: ROWS,
-            ..Limits::default()
-        };
-        let writing = Writing {
-            pending: VecDeque::new(),
-            first,
-            groups: HashMap::new(),
-        };
-        (session.with_limits(limits), writing)
+        let (session, items) = InOrder::new(session, first);
+        (session, Writing(items))
     }
 
-    /// The number of the next item to begin.
     pub fn next(&self) -> usize {
-        self.first + self.pending.len()
+        self.0.next()
     }
 
-    /// Whether there is less in the engine's queue than what may decode at a time.
     pub fn has_room(&self, n: usize) -> bool {
-        self.groups.len() * n < 2 * ROWS.max(n)
+        self.0.has_room(n)
     }
 
     pub fn is_empty(&self) -> bool {
-        self.pending.is_empty()
+        self.0.is_empty()
+    }
+
+    pub fn step(&mut self, session: &mut Session) {
+        self.0.step(session);
     }
 
     /// Puts the next item into the engine's queue.
@@ -95,7 +60,7 @@ impl Writing {
         line.insert("id".to_string(), item.id.clone());
         line.extend(item.fields.clone());
         line.insert("id".to_string(), item.id.clone());
-        let mut missing = 1;
+        let mut groups = Vec::new();
         if item.candidates.is_some() {
             let request = ScoreRequest {
                 layers: layers.to_vec(),
@@ -108,8 +73,7 @@ impl Writing {
             }
             let texts = given_texts(session, item, &line, &request)?;
             line.insert("candidates".to_string(), json!(texts));
-            let group = session.engine.submit_score(request)?;
-            self.groups.insert(group, (number, false));
+            groups.push(session.engine.submit_score(request)?);
         } else {
             let mut prompt = item.prompt.clone();
             if let (Prompt::Text(text), true) = (&prompt, options.chat) {
@@ -126,59 +90,44 @@ impl Writing {
                 feature_layers: layers.to_vec(),
                 ..request.clone()
             };
-            let group = session.engine.submit(sampled)?;
-            self.groups.insert(group, (number, false));
+            groups.push(session.engine.submit(sampled)?);
             if options.greedy {
                 let greedy = GenerateRequest {
                     strategy: Strategy::Greedy,
                     ..request
                 };
-                let group = session.engine.submit(greedy)?;
-                self.groups.insert(group, (number, true));
-                missing += 1;
+                groups.push(session.engine.submit(greedy)?);
             }
         }
-        self.pending.push_back(Pending {
-            line,
-            missing,
-            written: None,
-            greedy: None,
-            logprobs: item.candidates.is_some() && item.mean_logprob.is_none(),
-        });
-        Ok(())
-    }
-
-    /// One step of everything that is being written. An error comes with its item's number.
-    pub fn step(&mut self, session: &mut Session) -> Result<(), (usize, CliError)> {
-        for completed in session.engine.step(&mut |_, _| interrupt::flow()) {
-            let Some((number, greedy)) = self.groups.remove(&completed.group) else {
-                continue;
-            };
-            let result = completed.result.map_err(|error| (number, error.into()))?;
-            let pending = &mut self.pending[number - self.first];
-            pending.missing -= 1;
-            match result {
-                Completion::Generated(answer) if greedy => pending.greedy = Some(*answer),
-                Completion::Generated(written) => {
-                    pending.written = Some(Written::Generated(*written));
-                }
-                Completion::Scored(scored) => pending.written = Some(Written::Scored(*scored)),
-            }
-        }
+        let logprobs = item.candidates.is_some() && item.mean_logprob.is_none();
+        self.0.begin(Begun { line, logprobs }, &groups);
         Ok(())
     }
 
     /// The first item's number, everything of it but its verdicts, and the texts to be judged; once
-    /// it is written.
-    pub fn hand_out(&mut self) -> Option<(usize, Candidate, Vec<String>)> {
-        let first = self.pending.pop_front_if(|first| first.missing == 0)?;
-        let number = self.first;
-        self.first += 1;
-        let (candidate, texts) = match first.written? {
-            Written::Generated(generated) => generated_item(first.line, generated, first.greedy),
-            Written::Scored(scored) => scored_item(first.line, scored, first.logprobs),
+    /// it is written. An error comes with its item's number.
+    #[allow(clippy::type_complexity)]
+    pub fn hand_out(
+        &mut self,
+    ) -> Result<Option<(usize, Candidate, Vec<String>)>, (usize, CliError)> {
+        let Some((number, begun, ended)) = self.0.hand_out() else {
+            return Ok(None);
         };
-        Some((number, candidate, texts))
+        let mut ended = ended.map_err(|error| (number, error.into()))?.into_iter();
+        let (candidate, texts) = match (ended.next(), ended.next()) {
+            (Some(Completion::Generated(generated)), greedy) => {
+                let greedy = match greedy {
+                    Some(Completion::Generated(greedy)) => Some(*greedy),
+                    _ => None,
+                };
+                generated_item(begun.line, *generated, greedy)
+            }
+            (Some(Completion::Scored(scored)), _) => {
+                scored_item(begun.line, *scored, begun.logprobs)
+            }
+            (None, _) => return Ok(None),
+        };
+        Ok(Some((number, candidate, texts)))
     }
 }
 
