@@ -224,6 +224,13 @@ def accuracy_tables(work, chosen, only_measured, figures):
             auc = curve.get("auc")
             rows.append([label, *cells, f"{auc:.3f}" if auc is not None else ""])
         text += [f"`{task}`, {measured['items']} test items:", table(["accuracy of the chosen one of N", *ns, "AUC"], rows)]
+        gains = [
+            f"over `{gain['over']}` {interval(*(gain[k][-1] for k in ('gain', 'low', 'high')))}"
+            for gain in measured["gains"]
+            if gain["ranker"] == task and gain["over"] != "self-certainty"
+        ]
+        if gains:
+            text += [f"What the chosen ranker gains at N = {ns[-1]}, item by item: {', '.join(gains)}."]
         text += [f"![Accuracy over N, {task}](figures/{task}.svg)"]
         command = [work.podium, "eval", work.data / task / "test", "--plot", figures / f"{task}.svg"]
         command += ["--ranker", found["path"], "--train", *train] if train else []

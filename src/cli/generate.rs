@@ -34,7 +34,8 @@ A line of --input is such as {\"id\":\"1\",\"prompt\":\"2 + 2 =\"}. `prompt` is 
 with --chat), `messages` is a chat; `stop` is optional, and further fields are kept. The same line
 in --output has `candidates`, `candidate_token_ids`, `mean_logprob`, `length`,
 `cumulative_logprob`, `self_certainty`, `finish_reasons`, `seed` and `selected` besides, and
-`scores` with a ranker; `podium score` and `podium features` read such lines.";
+`scores` with a ranker; `podium score` and `podium features` read such lines. Several items are
+written at a time, and come out in their order, each as it would by itself.";
 
 /// Write N answers to a prompt as one batch, and print the best
 #[derive(Args, Clone, Debug)]
