@@ -250,7 +250,7 @@ def layer_table(work, tasks, figures):
             row[layer] = (mean(run[1] for run in runs), mean(t[0] for t in test), [mean(x) for x in zip(*test)])
         lines[task] = row
         rows.append([f"`{task}`, held out", *(f"{row[layer][0]:.3f}" for layer in layers)])
-        rows.append([f"`{task}`, test, N = 32", *(interval(*row[layer][2]) for layer in layers)])
+        rows.append([f"`{task}`, test, N = 32 or all", *(interval(*row[layer][2]) for layer in layers)])
     axes, save = plot("Layer of the features", "layer (of 30)", "test accuracy, N = 32")
     for task, row in lines.items():
         x = sorted(row)
@@ -282,7 +282,7 @@ def kind_table(work, chosen):
             runs = [work.train([work.data / task / "train"], recipe, seed)[0] for seed in SEEDS]
             cells.append(interval(*(mean(x) for x in zip(*(work.accuracy(task, run) for run in runs)))))
         rows.append([name, *cells])
-    return table(["test accuracy, N = 32, mean of two seeds", *(f"`{task}`" for task in chosen)], rows)
+    return table(["test accuracy, N = 32 or all, mean of two seeds", *(f"`{task}`" for task in chosen)], rows)
 
 
 def size_table(work, chosen, tasks, figures):

@@ -170,10 +170,7 @@ fn read(path: PathBuf) -> Receiver<Result<Item, CandidateFileError>> {
     let (items, inbox) = sync_channel(READ_AHEAD);
     std::thread::spawn(move || match CandidateFile::open(&path) {
         // Where nobody listens any more, there is nothing left to do.
-        Ok(file) => file
-            .into_iter()
-            .map(|item| items.send(item))
-            .all(|sent| sent.is_ok()),
+        Ok(mut file) => file.all(|item| items.send(item).is_ok()),
         Err(error) => items.send(Err(error)).is_ok(),
     });
     inbox

@@ -10,6 +10,8 @@ const FILES: &[&[u8]] = &[
     include_bytes!("../../models/family_relationships.safetensors"),
     include_bytes!("../../models/gcd_shortest.safetensors"),
     include_bytes!("../../models/count_primes.safetensors"),
+    include_bytes!("../../models/function_calls.safetensors"),
+    include_bytes!("../../models/python_functions.safetensors"),
 ];
 
 /// Every built-in ranker, for whichever model.
