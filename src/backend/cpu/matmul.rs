@@ -10,14 +10,14 @@
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
-use super::format::{F32, Format, Plain, UNIT, block_bytes, block_inputs};
+use super::format::{F32, Format, Plain, SPAN, UNIT, block_bytes, block_inputs};
 use super::inputs::{Form, Inputs};
 use super::integer;
 use super::matrix::{Matrix, Panel, widen, with_format};
 use super::rows::{Rows, SharedRows, Vector};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
-use super::tile::interleaved_tile;
+use super::tile::{Ahead, LINE, interleaved_tile};
 use crate::model::config::Activation;
 use crate::model::tensor::Dtype;
 use std::marker::PhantomData;
@@ -238,17 +238,20 @@ impl Task<'_> {
                         }
                     }
                     for (i, tile) in now.iter().enumerate() {
-                        if let Some((panels, run)) = next {
-                            prefetch::<S>(panels, run, longest, (i, now.len()));
-                        }
+                        let steps = match form {
+                            Form::Float => inputs,
+                            Form::Quantised => inputs / SPAN * integer::SPAN_STEPS,
+                        };
+                        let ahead = shares(next, longest, steps, (i, now.len()));
                         let x = self.inputs.tile(*tile, run);
                         let c = sums.add((tile.first_row - base) * 2 * LANES);
                         match form {
                             Form::Float => {
-                                interleaved_tile::<S, F32, 0>(
+                                interleaved_tile::<S, F32, true>(
                                     tile.rows,
                                     x,
                                     wide.map(|wide| wide.cast_const().cast()),
+                                    ahead,
                                     inputs,
                                     c,
                                     2 * LANES,
@@ -263,6 +266,7 @@ impl Task<'_> {
                                     tile.rows,
                                     x.cast(),
                                     wide,
+                                    ahead,
                                     inputs,
                                     c,
                                     run == 0,
@@ -298,10 +302,15 @@ impl Task<'_> {
         unsafe {
             if let [tile] = tiles {
                 let x = self.inputs.tile(*tile, 0);
-                return interleaved_tile::<S, F, AHEAD>(
+                let ahead = w.map(|w| Ahead {
+                    start: w.wrapping_add(AHEAD),
+                    step: F::INPUT_BYTES,
+                });
+                return interleaved_tile::<S, F, true>(
                     tile.rows,
                     x,
                     w,
+                    ahead,
                     inputs,
                     sums,
                     2 * LANES,
@@ -313,12 +322,19 @@ impl Task<'_> {
                 let w = w.map(|w| w.add(run * F::INPUT_BYTES));
                 let next = place_ahead(panels, next_panels, run + RUNS_AHEAD * RUN, inputs);
                 for (i, tile) in tiles.iter().enumerate() {
-                    if let Some((panels, run)) = next {
-                        prefetch::<S>(panels, run, RUN, (i, tiles.len()));
-                    }
+                    let ahead = shares(next, RUN, count, (i, tiles.len()));
                     let x = self.inputs.tile(*tile, run);
                     let c = sums.add(tile.first_row * 2 * LANES);
-                    interleaved_tile::<S, F, 0>(tile.rows, x, w, count, c, 2 * LANES, run == 0);
+                    interleaved_tile::<S, F, true>(
+                        tile.rows,
+                        x,
+                        w,
+                        ahead,
+                        count,
+                        c,
+                        2 * LANES,
+                        run == 0,
+                    );
                 }
             }
         }
@@ -369,38 +385,37 @@ impl Task<'_> {
     }
 }
 
-/// Input `place` of two panels, or where it falls behind them, of the next two.
+/// Input `place` of two panels, or where it falls behind them, of the next two; of these again where
+/// there are none.
 #[inline(always)]
 fn place_ahead(
     panels: [(Dtype, *const u8); 2],
     next: Option<[(Dtype, *const u8); 2]>,
     place: usize,
     inputs: usize,
-) -> Option<([(Dtype, *const u8); 2], usize)> {
+) -> ([(Dtype, *const u8); 2], usize) {
     match place.checked_sub(inputs) {
-        None => Some((panels, place)),
-        Some(behind) => next.map(|next| (next, behind)),
+        None => (panels, place),
+        Some(behind) => (next.unwrap_or(panels), behind),
     }
 }
 
-/// Asks for one of `shares` of a run of two panels. While tiles are multiplied nothing is read from
-/// memory, and the processor does not see what comes next; asked for all at once, it would wait.
+/// One of `shares` of a run of two panels, for a loop of so many steps.
 #[inline(always)]
-unsafe fn prefetch<S: Simd>(
-    panels: [(Dtype, *const u8); 2],
-    run: usize,
+fn shares(
+    (panels, run): ([(Dtype, *const u8); 2], usize),
     inputs: usize,
+    steps: usize,
     (share, shares): (usize, usize),
-) {
-    for (dtype, panel) in panels {
+) -> [Ahead; 2] {
+    panels.map(|(dtype, panel)| {
         let bytes = |inputs: usize| inputs / block_inputs(dtype) * block_bytes(dtype);
-        let share_bytes = bytes(inputs).div_ceil(shares).next_multiple_of(64);
-        let start = panel.wrapping_add(bytes(run) + share * share_bytes);
-        for line in (0..share_bytes).step_by(64) {
-            // SAFETY: any address will do.
-            unsafe { S::prefetch_far(start.wrapping_add(line)) };
+        let share_bytes = bytes(inputs).div_ceil(shares);
+        Ahead {
+            start: panel.wrapping_add(bytes(run) + share * share_bytes),
+            step: share_bytes.div_ceil(steps).next_power_of_two().min(LINE),
         }
-    }
+    })
 }
 
 #[inline(always)]
