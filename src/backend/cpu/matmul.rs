@@ -84,6 +84,8 @@ pub fn matmul(
         .next_multiple_of(GEMV_PANELS / 2);
     let out = out.shared();
     team.run(pairs.len().div_ceil(chunk), |task| {
+        // Threads take turns, mostly.
+        let next_task = pairs.get((task + team.threads()) * chunk).copied();
         let pairs = &pairs[task * chunk..pairs.len().min((task + 1) * chunk)];
         isa.dispatch(Task {
             inputs,
@@ -92,6 +94,7 @@ pub fn matmul(
             epilogue,
             out,
             pairs,
+            next_task,
         });
     });
 }
@@ -104,6 +107,8 @@ struct Task<'a> {
     epilogue: Epilogue,
     out: SharedRows,
     pairs: &'a [(Panel, Option<Panel>)],
+    /// What this thread will probably compute after them.
+    next_task: Option<(Panel, Option<Panel>)>,
 }
 
 impl Kernel for Task<'_> {
@@ -115,7 +120,7 @@ impl Kernel for Task<'_> {
                 self.one_row::<S>();
             } else {
                 for (i, &pair) in self.pairs.iter().enumerate() {
-                    self.many_rows::<S>(pair, self.pairs.get(i + 1).copied());
+                    self.many_rows::<S>(pair, self.pairs.get(i + 1).copied().or(self.next_task));
                 }
             }
         }
