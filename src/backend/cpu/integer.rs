@@ -361,6 +361,7 @@ pub(super) const SPAN_STEPS: usize = 2 * QUADS;
 /// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, `wide` runs
 /// unpacked from panels of these dtypes.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn multiply_tile<S: Simd>(
     dtypes: [Dtype; 2],
     rows: usize,

@@ -47,6 +47,7 @@ impl Ahead {
 /// # Safety
 /// As [`RegisterTile`].
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const ASK: bool>(
     rows: usize,
     x: *const f32,
