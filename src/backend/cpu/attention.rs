@@ -349,7 +349,7 @@ unsafe fn attend<S: Simd>(
             }
             let place = scores.add(page * PAGE_LEN);
             let two = two.map(<*const f32>::cast);
-            let nothing = [Ahead::NOTHING; 2];
+            let nothing = Ahead::NOTHING;
             let inputs = shape.head_dim;
             interleaved_tile::<S, F32, false>(rows, tile, two, nothing, inputs, place, BLOCK, true);
         }
@@ -456,7 +456,7 @@ unsafe fn value_tile<S: Simd>(
                 $($rows if const { $rows <= S::TILE_ROWS && $panels <= S::TILE_PANELS } => {
                     let (w, c) = ($w, $c);
                     S::call(RegisterTile::<F32, false, $rows, $panels, BLOCK, 1> {
-                        x: weights, w, ahead: [Ahead::NOTHING; $panels], inputs: count, c,
+                        x: weights, w, ahead: Ahead::NOTHING, inputs: count, c,
                         c_stride: padded, first: false, format: PhantomData,
                     })
                 })*

@@ -367,7 +367,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     rows: usize,
     x: *const u32,
     wide: [*const u32; 2],
-    ahead: [Ahead; 2],
+    ahead: Ahead<2>,
     inputs: usize,
     c: *mut f32,
     first: bool,
@@ -405,7 +405,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
             return layouts!(layouts[0], 2, c, wide, ahead);
         }
         for p in 0..2 {
-            layouts!(layouts[p], 1, c.add(p * LANES), [wide[p]], [ahead[p]]);
+            layouts!(layouts[p], 1, c.add(p * LANES), [wide[p]], ahead.of(p));
         }
     }
 }
@@ -414,7 +414,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
 struct CodeTile<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> {
     x: *const u32,
     w: [*const u32; P],
-    ahead: [Ahead; P],
+    ahead: Ahead<P>,
     spans: usize,
     layout: CodeLayout,
     c: *mut f32,
@@ -465,9 +465,7 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                             }
                         }
                         for q in part * steps..(part + 1) * steps {
-                            for ahead in self.ahead {
-                                ahead.ask::<S>(span * SPAN_STEPS + pass * QUADS + q);
-                            }
+                            self.ahead.ask::<S>(span * SPAN_STEPS + pass * QUADS + q);
                             let weights = w.map(|w| S::load_u32(w.add(q * LANES)));
                             for r in 0..R {
                                 let x = *x.add((pass * QUADS + q) * R + r);

@@ -307,10 +307,10 @@ impl Task<'_> {
         unsafe {
             if let [tile] = tiles {
                 let x = self.inputs.tile(*tile, 0);
-                let ahead = w.map(|w| Ahead {
-                    start: w.wrapping_add(AHEAD),
+                let ahead = Ahead {
+                    start: w.map(|w| w.wrapping_add(AHEAD)),
                     step: F::INPUT_BYTES,
-                });
+                };
                 return interleaved_tile::<S, F, true>(
                     tile.rows,
                     x,
@@ -412,15 +412,17 @@ fn shares(
     inputs: usize,
     steps: usize,
     (share, shares): (usize, usize),
-) -> [Ahead; 2] {
-    panels.map(|(dtype, panel)| {
-        let bytes = |inputs: usize| inputs / block_inputs(dtype) * block_bytes(dtype);
-        let share_bytes = bytes(inputs).div_ceil(shares);
-        Ahead {
-            start: panel.wrapping_add(bytes(run) + share * share_bytes),
-            step: share_bytes.div_ceil(steps).next_power_of_two().min(LINE),
-        }
-    })
+) -> Ahead<2> {
+    let bytes = |dtype, inputs| inputs / block_inputs(dtype) * block_bytes(dtype);
+    let share_bytes = panels.map(|(dtype, _)| bytes(dtype, inputs).div_ceil(shares));
+    let a_step = share_bytes[0].max(share_bytes[1]).div_ceil(steps);
+    Ahead {
+        start: std::array::from_fn(|p| {
+            let (dtype, panel) = panels[p];
+            panel.wrapping_add(bytes(dtype, run) + share * share_bytes[p])
+        }),
+        step: a_step.next_power_of_two().min(LINE),
+    }
 }
 
 #[inline(always)]

@@ -16,16 +16,17 @@ pub(super) const LINE: usize = 64;
 /// Memory that will be read soon, asked for while a tile is multiplied: nothing is read from memory
 /// then, and the processor does not see what comes next. Asked for all at once, it would wait.
 #[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    pub start: *const u8,
+pub(super) struct Ahead<const P: usize> {
+    /// Of each panel.
+    pub start: [*const u8; P],
     /// Bytes for each step of the loop: a power of two, at most a cache line.
     pub step: usize,
 }
 
-impl Ahead {
+impl<const P: usize> Ahead<P> {
     /// Nothing, for tiles that do not ask.
-    pub const NOTHING: Ahead = Ahead {
-        start: std::ptr::null(),
+    pub const NOTHING: Ahead<P> = Ahead {
+        start: [std::ptr::null(); P],
         step: 0,
     };
 
@@ -36,7 +37,18 @@ impl Ahead {
         let bytes = step * self.step;
         // Each line once: what waits in the second-level cache would be looked up there again.
         if bytes.is_multiple_of(LINE) {
-            unsafe { S::prefetch_far(self.start.wrapping_add(bytes)) };
+            for start in self.start {
+                unsafe { S::prefetch_far(start.wrapping_add(bytes)) };
+            }
+        }
+    }
+
+    /// That of one panel.
+    #[inline(always)]
+    pub fn of(self, panel: usize) -> Ahead<1> {
+        Ahead {
+            start: [self.start[panel]],
+            step: self.step,
         }
     }
 }
@@ -52,7 +64,7 @@ pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const ASK: bool>(
     rows: usize,
     x: *const f32,
     w: [*const u8; 2],
-    ahead: [Ahead; 2],
+    ahead: Ahead<2>,
     inputs: usize,
     c: *mut f32,
     c_stride: usize,
@@ -69,7 +81,7 @@ pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const ASK: bool>(
                 $($rows if const { $rows <= S::TILE_ROWS } => for p in 0..2 {
                     let c = c.add(p * LANES);
                     S::call(RegisterTile::<F, ASK, $rows, 1, 1, $rows> {
-                        x, w: [w[p]], ahead: [ahead[p]], inputs, c, c_stride, first, format: PhantomData,
+                        x, w: [w[p]], ahead: ahead.of(p), inputs, c, c_stride, first, format: PhantomData,
                     });
                 })*
                 _ => unreachable!("tiles are at most as tall as the register tile"),
@@ -95,7 +107,7 @@ pub(super) struct RegisterTile<
 > {
     pub x: *const f32,
     pub w: [*const u8; P],
-    pub ahead: [Ahead; P],
+    pub ahead: Ahead<P>,
     pub inputs: usize,
     pub c: *mut f32,
     pub c_stride: usize,
@@ -131,11 +143,11 @@ impl<F: Plain, const ASK: bool, const R: usize, const P: usize, const XR: usize,
                 }
             }
             for k in 0..inputs {
+                if ASK {
+                    ahead.ask::<S>(k);
+                }
                 let mut weights = [S::splat(0.0); P];
                 for p in 0..P {
-                    if ASK {
-                        ahead[p].ask::<S>(k);
-                    }
                     weights[p] = F::input::<S>(w[p].add(k * F::INPUT_BYTES));
                 }
                 for r in 0..R {
