@@ -15,7 +15,7 @@ use super::matmul::tanh;
 use super::rows::{Aligned, Rows, SharedRows};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
-use super::tile::{RegisterTile, interleaved_tile};
+use super::tile::{Ahead, RegisterTile, interleaved_tile};
 use crate::backend::{Batch, PAGE_LEN, PageId};
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -349,7 +349,9 @@ unsafe fn attend<S: Simd>(
             }
             let place = scores.add(page * PAGE_LEN);
             let two = two.map(<*const f32>::cast);
-            interleaved_tile::<S, F32, 0>(rows, tile, two, shape.head_dim, place, BLOCK, true);
+            let nothing = Ahead::NOTHING;
+            let inputs = shape.head_dim;
+            interleaved_tile::<S, F32, false>(rows, tile, two, nothing, inputs, place, BLOCK, true);
         }
         for i in 0..rows {
             let (low, high) = span(i);
@@ -453,9 +455,9 @@ unsafe fn value_tile<S: Simd>(
             match rows {
                 $($rows if const { $rows <= S::TILE_ROWS && $panels <= S::TILE_PANELS } => {
                     let (w, c) = ($w, $c);
-                    S::call(RegisterTile::<F32, 0, $rows, $panels, BLOCK, 1> {
-                        x: weights, w, inputs: count, c, c_stride: padded, first: false,
-                        format: PhantomData,
+                    S::call(RegisterTile::<F32, false, $rows, $panels, BLOCK, 1> {
+                        x: weights, w, ahead: Ahead::NOTHING, inputs: count, c,
+                        c_stride: padded, first: false, format: PhantomData,
                     })
                 })*
                 _ => unreachable!("tiles are at most as tall as the register tile"),

@@ -67,9 +67,7 @@ impl Inputs {
         self.rows = rows.map_or(x.rows(), <[u32]>::len);
         self.in_features = width;
         let row_words = self.row_words();
-        if self.data.len() < self.rows * row_words * 4 {
-            self.data = Aligned::zeroed(self.rows * row_words * 4);
-        }
+        self.data.make_room(self.rows * row_words * 4);
         let tile_rows = match form {
             Form::Float => isa.tile_rows(),
             Form::Quantised => isa.product_rows(),

@@ -22,6 +22,7 @@ use super::format::{CodeLayout, Codes, QUADS, SPAN, UNIT};
 use super::inputs::Normed;
 use super::matrix::with_format;
 use super::simd::{Kernel, LANES, Products, Simd};
+use super::tile::Ahead;
 use crate::model::tensor::Dtype;
 use std::hint::black_box;
 use std::marker::PhantomData;
@@ -350,17 +351,23 @@ pub(super) unsafe fn unpack<S: Simd>(
     }
 }
 
-/// Adds a tile's products with two unpacked panels to `c[row][2][16]`, or sets it where `first`.
+/// Steps of a tile's loop that a span takes.
+pub(super) const SPAN_STEPS: usize = 2 * QUADS;
+
+/// Adds a tile's products with two unpacked panels to `c[row][2][16]`, or sets it where `first`. `ahead`
+/// is asked for on the way, [`SPAN_STEPS`] a span.
 ///
 /// # Safety
 /// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, `wide` runs
 /// unpacked from panels of these dtypes.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn multiply_tile<S: Simd>(
     dtypes: [Dtype; 2],
     rows: usize,
     x: *const u32,
     wide: [*const u32; 2],
+    ahead: Ahead<2>,
     inputs: usize,
     c: *mut f32,
     first: bool,
@@ -368,11 +375,11 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     let layouts = dtypes.map(CodeLayout::of);
     let spans = inputs / SPAN;
     macro_rules! rows {
-        ($scales:literal, $minimum:literal, $panels:literal, $c:expr, $w:expr, $layout:expr; $($rows:literal)*) => {
+        ($scales:literal, $minimum:literal, $panels:literal, $c:expr, $w:expr, $ahead:expr, $layout:expr; $($rows:literal)*) => {
             match rows {
                 $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(
                     CodeTile::<$rows, $panels, $scales, $minimum> {
-                        x, w: $w, spans, layout: $layout, c: $c, first,
+                        x, w: $w, ahead: $ahead, spans, layout: $layout, c: $c, first,
                     },
                 ),)*
                 _ => unreachable!("tiles are at most as tall as the register tile"),
@@ -380,25 +387,25 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
         };
     }
     macro_rules! layouts {
-        ($layout:expr, $panels:literal, $c:expr, $w:expr) => {
+        ($layout:expr, $panels:literal, $c:expr, $w:expr, $ahead:expr) => {
             match $layout {
                 Some(layout) if layout.scales > 1 => {
-                    rows!(2, false, $panels, $c, $w, layout; 1 2 3 4 5 6)
+                    rows!(2, false, $panels, $c, $w, $ahead, layout; 1 2 3 4 5 6)
                 }
                 Some(layout) if layout.minimum => {
-                    rows!(1, true, $panels, $c, $w, layout; 1 2 3 4 5 6)
+                    rows!(1, true, $panels, $c, $w, $ahead, layout; 1 2 3 4 5 6)
                 }
-                Some(layout) => rows!(1, false, $panels, $c, $w, layout; 1 2 3 4 5 6),
+                Some(layout) => rows!(1, false, $panels, $c, $w, $ahead, layout; 1 2 3 4 5 6),
                 None => unreachable!("only codes are multiplied as whole numbers"),
             }
         };
     }
     unsafe {
         if const { S::TILE_PANELS == 2 } && layouts[0] == layouts[1] {
-            return layouts!(layouts[0], 2, c, wide);
+            return layouts!(layouts[0], 2, c, wide, ahead);
         }
         for p in 0..2 {
-            layouts!(layouts[p], 1, c.add(p * LANES), [wide[p]]);
+            layouts!(layouts[p], 1, c.add(p * LANES), [wide[p]], ahead.of(p));
         }
     }
 }
@@ -407,6 +414,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
 struct CodeTile<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> {
     x: *const u32,
     w: [*const u32; P],
+    ahead: Ahead<P>,
     spans: usize,
     layout: CodeLayout,
     c: *mut f32,
@@ -457,6 +465,7 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                             }
                         }
                         for q in part * steps..(part + 1) * steps {
+                            self.ahead.ask::<S>(span * SPAN_STEPS + pass * QUADS + q);
                             let weights = w.map(|w| S::load_u32(w.add(q * LANES)));
                             for r in 0..R {
                                 let x = *x.add((pass * QUADS + q) * R + r);

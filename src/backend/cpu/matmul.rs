@@ -10,14 +10,14 @@
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
-use super::format::{F32, Format, Plain, UNIT, block_bytes, block_inputs};
+use super::format::{F32, Format, Plain, SPAN, UNIT, block_bytes, block_inputs};
 use super::inputs::{Form, Inputs};
 use super::integer;
 use super::matrix::{Matrix, Panel, widen, with_format};
 use super::rows::{Rows, SharedRows, Vector};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
-use super::tile::interleaved_tile;
+use super::tile::{Ahead, LINE, interleaved_tile};
 use crate::model::config::Activation;
 use crate::model::tensor::Dtype;
 use std::marker::PhantomData;
@@ -84,6 +84,8 @@ pub fn matmul(
         .next_multiple_of(GEMV_PANELS / 2);
     let out = out.shared();
     team.run(pairs.len().div_ceil(chunk), |task| {
+        // Threads take turns, mostly.
+        let next_task = pairs.get((task + team.threads()) * chunk).copied();
         let pairs = &pairs[task * chunk..pairs.len().min((task + 1) * chunk)];
         isa.dispatch(Task {
             inputs,
@@ -92,6 +94,7 @@ pub fn matmul(
             epilogue,
             out,
             pairs,
+            next_task,
         });
     });
 }
@@ -104,6 +107,8 @@ struct Task<'a> {
     epilogue: Epilogue,
     out: SharedRows,
     pairs: &'a [(Panel, Option<Panel>)],
+    /// What this thread will probably compute after them.
+    next_task: Option<(Panel, Option<Panel>)>,
 }
 
 impl Kernel for Task<'_> {
@@ -115,7 +120,7 @@ impl Kernel for Task<'_> {
                 self.one_row::<S>();
             } else {
                 for (i, &pair) in self.pairs.iter().enumerate() {
-                    self.many_rows::<S>(pair, self.pairs.get(i + 1).copied());
+                    self.many_rows::<S>(pair, self.pairs.get(i + 1).copied().or(self.next_task));
                 }
             }
         }
@@ -238,17 +243,20 @@ impl Task<'_> {
                         }
                     }
                     for (i, tile) in now.iter().enumerate() {
-                        if let Some((panels, run)) = next {
-                            prefetch::<S>(panels, run, longest, (i, now.len()));
-                        }
+                        let steps = match form {
+                            Form::Float => inputs,
+                            Form::Quantised => inputs / SPAN * integer::SPAN_STEPS,
+                        };
+                        let ahead = shares(next, longest, steps, (i, now.len()));
                         let x = self.inputs.tile(*tile, run);
                         let c = sums.add((tile.first_row - base) * 2 * LANES);
                         match form {
                             Form::Float => {
-                                interleaved_tile::<S, F32, 0>(
+                                interleaved_tile::<S, F32, true>(
                                     tile.rows,
                                     x,
                                     wide.map(|wide| wide.cast_const().cast()),
+                                    ahead,
                                     inputs,
                                     c,
                                     2 * LANES,
@@ -263,6 +271,7 @@ impl Task<'_> {
                                     tile.rows,
                                     x.cast(),
                                     wide,
+                                    ahead,
                                     inputs,
                                     c,
                                     run == 0,
@@ -298,10 +307,15 @@ impl Task<'_> {
         unsafe {
             if let [tile] = tiles {
                 let x = self.inputs.tile(*tile, 0);
-                return interleaved_tile::<S, F, AHEAD>(
+                let ahead = Ahead {
+                    start: w.map(|w| w.wrapping_add(AHEAD)),
+                    step: F::INPUT_BYTES,
+                };
+                return interleaved_tile::<S, F, true>(
                     tile.rows,
                     x,
                     w,
+                    ahead,
                     inputs,
                     sums,
                     2 * LANES,
@@ -313,12 +327,19 @@ impl Task<'_> {
                 let w = w.map(|w| w.add(run * F::INPUT_BYTES));
                 let next = place_ahead(panels, next_panels, run + RUNS_AHEAD * RUN, inputs);
                 for (i, tile) in tiles.iter().enumerate() {
-                    if let Some((panels, run)) = next {
-                        prefetch::<S>(panels, run, RUN, (i, tiles.len()));
-                    }
+                    let ahead = shares(next, RUN, count, (i, tiles.len()));
                     let x = self.inputs.tile(*tile, run);
                     let c = sums.add(tile.first_row * 2 * LANES);
-                    interleaved_tile::<S, F, 0>(tile.rows, x, w, count, c, 2 * LANES, run == 0);
+                    interleaved_tile::<S, F, true>(
+                        tile.rows,
+                        x,
+                        w,
+                        ahead,
+                        count,
+                        c,
+                        2 * LANES,
+                        run == 0,
+                    );
                 }
             }
         }
@@ -369,37 +390,38 @@ impl Task<'_> {
     }
 }
 
-/// Input `place` of two panels, or where it falls behind them, of the next two.
+/// Input `place` of two panels, or where it falls behind them, of the next two; of these again where
+/// there are none.
 #[inline(always)]
 fn place_ahead(
     panels: [(Dtype, *const u8); 2],
     next: Option<[(Dtype, *const u8); 2]>,
     place: usize,
     inputs: usize,
-) -> Option<([(Dtype, *const u8); 2], usize)> {
+) -> ([(Dtype, *const u8); 2], usize) {
     match place.checked_sub(inputs) {
-        None => Some((panels, place)),
-        Some(behind) => next.map(|next| (next, behind)),
+        None => (panels, place),
+        Some(behind) => (next.unwrap_or(panels), behind),
     }
 }
 
-/// Asks for one of `shares` of a run of two panels. While tiles are multiplied nothing is read from
-/// memory, and the processor does not see what comes next; asked for all at once, it would wait.
+/// One of `shares` of a run of two panels, for a loop of so many steps.
 #[inline(always)]
-unsafe fn prefetch<S: Simd>(
-    panels: [(Dtype, *const u8); 2],
-    run: usize,
+fn shares(
+    (panels, run): ([(Dtype, *const u8); 2], usize),
     inputs: usize,
+    steps: usize,
     (share, shares): (usize, usize),
-) {
-    for (dtype, panel) in panels {
-        let bytes = |inputs: usize| inputs / block_inputs(dtype) * block_bytes(dtype);
-        let share_bytes = bytes(inputs).div_ceil(shares).next_multiple_of(64);
-        let start = panel.wrapping_add(bytes(run) + share * share_bytes);
-        for line in (0..share_bytes).step_by(64) {
-            // SAFETY: any address will do.
-            unsafe { S::prefetch_far(start.wrapping_add(line)) };
-        }
+) -> Ahead<2> {
+    let bytes = |dtype, inputs| inputs / block_inputs(dtype) * block_bytes(dtype);
+    let share_bytes = panels.map(|(dtype, _)| bytes(dtype, inputs).div_ceil(shares));
+    let a_step = share_bytes[0].max(share_bytes[1]).div_ceil(steps);
+    Ahead {
+        start: std::array::from_fn(|p| {
+            let (dtype, panel) = panels[p];
+            panel.wrapping_add(bytes(dtype, run) + share * share_bytes[p])
+        }),
+        step: a_step.next_power_of_two().min(LINE),
     }
 }
 

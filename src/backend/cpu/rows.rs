@@ -23,8 +23,14 @@ enum Memory {
 #[derive(Clone, Copy)]
 struct Line([u8; 64]);
 
-/// From here on memory comes as pages: a few huge ones of 2 MiB.
-const PAGES_FROM: usize = 8 << 20;
+/// From here on memory comes as pages, and goes back to the operating system when it is dropped.
+const PAGES_FROM: usize = 1 << 20;
+/// What is kept for long and smaller than this shares huge pages.
+const PIECES_BELOW: usize = 8 << 20;
+/// Memory is given back that exceeds what is needed by these bytes and as many times. Taking it again
+/// costs a hundredth of the prefill that needs it.
+const SPARE_BYTES: usize = 256 << 10;
+const SPARE_TIMES: usize = 4;
 
 impl Aligned {
     /// `bytes` zeroed bytes.
@@ -36,10 +42,22 @@ impl Aligned {
         Aligned { memory, bytes }
     }
 
+    /// Makes room for `bytes` bytes; contents become unspecified. Memory is kept for the next time, but
+    /// not several times what is needed: a prompt's activations would lie beside the logits of all
+    /// candidates that decode behind it.
+    pub fn make_room(&mut self, bytes: usize) {
+        let spare = self.bytes.saturating_sub(SPARE_BYTES) / SPARE_TIMES > bytes;
+        if self.bytes < bytes || spare {
+            // What was there goes before what replaces it comes.
+            *self = Aligned::zeroed(0);
+            *self = Aligned::zeroed(bytes);
+        }
+    }
+
     /// The same for what is kept as long as a model: what is too small for huge pages of its own
     /// shares them, and its memory comes back when the last of those beside it is gone.
     pub fn kept(bytes: usize) -> Aligned {
-        let piece = (bytes < PAGES_FROM).then(|| Piece::new(bytes)).flatten();
+        let piece = (bytes < PIECES_BELOW).then(|| Piece::new(bytes)).flatten();
         match piece.map(Memory::Piece) {
             Some(memory) => Aligned { memory, bytes },
             None => Aligned::zeroed(bytes),
@@ -174,12 +192,9 @@ impl Rows {
         }
     }
 
-    /// Makes room for `rows` rows; keeps memory for the next time. Contents become unspecified.
+    /// Makes room for `rows` rows, as [`Aligned::make_room`]; contents become unspecified.
     pub fn resize(&mut self, rows: usize) {
-        let needed = rows * self.stride * 4;
-        if self.data.len() < needed {
-            self.data = Aligned::zeroed(needed);
-        }
+        self.data.make_room(rows * self.stride * 4);
         self.rows = rows;
     }
 
@@ -256,5 +271,27 @@ impl SharedRows {
     #[inline(always)]
     pub unsafe fn row(self, row: usize) -> *mut f32 {
         unsafe { self.data.add(row * self.stride) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_kept_unless_it_is_several_times_what_is_needed() {
+        let mut memory = Aligned::zeroed(0);
+        for (needed, room) in [
+            (4 << 20, 4 << 20),
+            (1 << 20, 4 << 20),
+            (512 << 10, 512 << 10),
+            (64 << 10, 512 << 10),
+            (2 << 20, 2 << 20),
+            (0, 0),
+        ] {
+            memory.make_room(needed);
+            assert_eq!(memory.len(), room, "for {needed} bytes");
+            memory.bytes_mut().fill(1);
+        }
     }
 }

@@ -10,17 +10,61 @@ use std::marker::PhantomData;
 /// Rows for which panels are taken one after the other: one is chains enough, and a single
 /// stream through memory is what the processor follows best.
 const FEW: usize = 1;
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
+/// Memory that will be read soon, asked for while a tile is multiplied: nothing is read from memory
+/// then, and the processor does not see what comes next. Asked for all at once, it would wait.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead<const P: usize> {
+    /// Of each panel.
+    pub start: [*const u8; P],
+    /// Bytes for each step of the loop: a power of two, at most a cache line.
+    pub step: usize,
+}
+
+impl<const P: usize> Ahead<P> {
+    /// Nothing, for tiles that do not ask.
+    pub const NOTHING: Ahead<P> = Ahead {
+        start: [std::ptr::null(); P],
+        step: 0,
+    };
+
+    /// # Safety
+    /// As [`Simd`]; any address will do.
+    #[inline(always)]
+    pub unsafe fn ask<S: Simd>(self, step: usize) {
+        let bytes = step * self.step;
+        // Each line once: what waits in the second-level cache would be looked up there again.
+        if bytes.is_multiple_of(LINE) {
+            for start in self.start {
+                unsafe { S::prefetch_far(start.wrapping_add(bytes)) };
+            }
+        }
+    }
+
+    /// That of one panel.
+    #[inline(always)]
+    pub fn of(self, panel: usize) -> Ahead<1> {
+        Ahead {
+            start: [self.start[panel]],
+            step: self.step,
+        }
+    }
+}
 
 /// Products of an interleaved tile `[inputs][rows]` with two panels: `c[row][2][16]`, rows `c_stride`
-/// apart. What lies `AHEAD` bytes further on in the panels is asked for on the way.
+/// apart. With `ASK`, `ahead` is asked for on the way, a step an input.
 ///
 /// # Safety
 /// As [`RegisterTile`].
 #[inline(always)]
-pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const AHEAD: usize>(
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const ASK: bool>(
     rows: usize,
     x: *const f32,
     w: [*const u8; 2],
+    ahead: Ahead<2>,
     inputs: usize,
     c: *mut f32,
     c_stride: usize,
@@ -30,14 +74,14 @@ pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const AHEAD: usize>(
         ($($rows:literal)*) => {
             match rows {
                 $($rows if const { $rows > FEW && $rows <= S::TILE_ROWS && S::TILE_PANELS == 2 } => {
-                    S::call(RegisterTile::<F, AHEAD, $rows, 2, 1, $rows> {
-                        x, w, inputs, c, c_stride, first, format: PhantomData,
+                    S::call(RegisterTile::<F, ASK, $rows, 2, 1, $rows> {
+                        x, w, ahead, inputs, c, c_stride, first, format: PhantomData,
                     })
                 })*
                 $($rows if const { $rows <= S::TILE_ROWS } => for p in 0..2 {
                     let c = c.add(p * LANES);
-                    S::call(RegisterTile::<F, AHEAD, $rows, 1, 1, $rows> {
-                        x, w: [w[p]], inputs, c, c_stride, first, format: PhantomData,
+                    S::call(RegisterTile::<F, ASK, $rows, 1, 1, $rows> {
+                        x, w: [w[p]], ahead: ahead.of(p), inputs, c, c_stride, first, format: PhantomData,
                     });
                 })*
                 _ => unreachable!("tiles are at most as tall as the register tile"),
@@ -48,14 +92,14 @@ pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const AHEAD: usize>(
 }
 
 /// The register tile: `c[r][p] (+)= Σ_k x[r·XR + k·XK] · w[p][k]`, `R` rows by `P` vectors; sets `c`
-/// where `first`.
+/// where `first`. With `ASK`, `ahead` is asked for, a step an input.
 ///
 /// # Safety
 /// As [`Simd`]; `x`, `w[p]` (`[inputs][16]`, of format `F`) and `c` (`R` rows, `c_stride` apart) must
 /// cover that.
 pub(super) struct RegisterTile<
     F,
-    const AHEAD: usize,
+    const ASK: bool,
     const R: usize,
     const P: usize,
     const XR: usize,
@@ -63,6 +107,7 @@ pub(super) struct RegisterTile<
 > {
     pub x: *const f32,
     pub w: [*const u8; P],
+    pub ahead: Ahead<P>,
     pub inputs: usize,
     pub c: *mut f32,
     pub c_stride: usize,
@@ -70,8 +115,8 @@ pub(super) struct RegisterTile<
     pub format: PhantomData<F>,
 }
 
-impl<F: Plain, const AHEAD: usize, const R: usize, const P: usize, const XR: usize, const XK: usize>
-    Kernel for RegisterTile<F, AHEAD, R, P, XR, XK>
+impl<F: Plain, const ASK: bool, const R: usize, const P: usize, const XR: usize, const XK: usize>
+    Kernel for RegisterTile<F, ASK, R, P, XR, XK>
 {
     type Output = ();
     // Indices name rows and panels of four arrays at once.
@@ -81,6 +126,7 @@ impl<F: Plain, const AHEAD: usize, const R: usize, const P: usize, const XR: usi
         let RegisterTile {
             x,
             w,
+            ahead,
             inputs,
             c,
             c_stride,
@@ -97,13 +143,12 @@ impl<F: Plain, const AHEAD: usize, const R: usize, const P: usize, const XR: usi
                 }
             }
             for k in 0..inputs {
+                if ASK {
+                    ahead.ask::<S>(k);
+                }
                 let mut weights = [S::splat(0.0); P];
                 for p in 0..P {
-                    let input = w[p].add(k * F::INPUT_BYTES);
-                    if AHEAD > 0 {
-                        S::prefetch(input.wrapping_add(AHEAD));
-                    }
-                    weights[p] = F::input::<S>(input);
+                    weights[p] = F::input::<S>(w[p].add(k * F::INPUT_BYTES));
                 }
                 for r in 0..R {
                     let x = S::splat(*x.add(r * XR + k * XK));
