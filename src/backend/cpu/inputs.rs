@@ -2,7 +2,7 @@
 
 use super::format::{SPAN, UNIT};
 use super::integer::{Quantise, SPAN_WORDS};
-use super::rows::{Aligned, Rows, Vector};
+use super::rows::{Aligned, Rows, SPARE_TIMES, Vector};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
 use crate::backend::Norm;
@@ -13,6 +13,8 @@ pub struct Inputs {
     data: Aligned,
     tiles: Vec<Tile>,
     rows: usize,
+    /// Since memory was given back.
+    most_rows: usize,
     in_features: usize,
     form: Form,
 }
@@ -35,6 +37,7 @@ impl Default for Inputs {
             data: Aligned::zeroed(0),
             tiles: Vec::new(),
             rows: 0,
+            most_rows: 0,
             in_features: 0,
             form: Form::Float,
         }
@@ -67,7 +70,13 @@ impl Inputs {
         self.rows = rows.map_or(x.rows(), <[u32]>::len);
         self.in_features = width;
         let row_words = self.row_words();
-        self.data.make_room(self.rows * row_words * 4);
+        // Little is fewer rows, not fewer inputs: those change from one product to the next.
+        let needs_little = self.most_rows / SPARE_TIMES > self.rows;
+        if needs_little {
+            self.most_rows = 0;
+        }
+        self.most_rows = self.most_rows.max(self.rows);
+        self.data.make_room(self.rows * row_words * 4, needs_little);
         let tile_rows = match form {
             Form::Float => isa.tile_rows(),
             Form::Quantised => isa.product_rows(),

@@ -27,10 +27,9 @@ struct Line([u8; 64]);
 const PAGES_FROM: usize = 1 << 20;
 /// What is kept for long and smaller than this shares huge pages.
 const PIECES_BELOW: usize = 8 << 20;
-/// Memory is given back that exceeds what is needed by these bytes and as many times. Taking it again
-/// costs a hundredth of the prefill that needs it.
-const SPARE_BYTES: usize = 256 << 10;
-const SPARE_TIMES: usize = 4;
+/// Rows give memory back that is for so many times as many rows. Taking it again costs a hundredth of
+/// the prefill that needs it.
+pub(super) const SPARE_TIMES: usize = 4;
 
 impl Aligned {
     /// `bytes` zeroed bytes.
@@ -42,18 +41,6 @@ impl Aligned {
         Aligned { memory, bytes }
     }
 
-    /// Makes room for `bytes` bytes; contents become unspecified. Memory is kept for the next time, but
-    /// not several times what is needed: a prompt's activations would lie beside the logits of all
-    /// candidates that decode behind it.
-    pub fn make_room(&mut self, bytes: usize) {
-        let spare = self.bytes.saturating_sub(SPARE_BYTES) / SPARE_TIMES > bytes;
-        if self.bytes < bytes || spare {
-            // What was there goes before what replaces it comes.
-            *self = Aligned::zeroed(0);
-            *self = Aligned::zeroed(bytes);
-        }
-    }
-
     /// The same for what is kept as long as a model: what is too small for huge pages of its own
     /// shares them, and its memory comes back when the last of those beside it is gone.
     pub fn kept(bytes: usize) -> Aligned {
@@ -61,6 +48,17 @@ impl Aligned {
         match piece.map(Memory::Piece) {
             Some(memory) => Aligned { memory, bytes },
             None => Aligned::zeroed(bytes),
+        }
+    }
+
+    /// Makes room for `bytes`, whose contents become unspecified. Memory is kept for the next time, but
+    /// where it is far more than the owner needs now: a prompt's activations would lie beside all that
+    /// its candidates need, and their logits beside the next prompt's activations.
+    pub(super) fn make_room(&mut self, bytes: usize, needs_little: bool) {
+        if self.bytes < bytes || needs_little && self.bytes >= PAGES_FROM {
+            // What was there goes before what replaces it comes.
+            *self = Aligned::zeroed(0);
+            *self = Aligned::zeroed(bytes);
         }
     }
 
@@ -192,9 +190,11 @@ impl Rows {
         }
     }
 
-    /// Makes room for `rows` rows, as [`Aligned::make_room`]; contents become unspecified.
+    /// Makes room for `rows` rows, whose contents become unspecified.
     pub fn resize(&mut self, rows: usize) {
-        self.data.make_room(rows * self.stride * 4);
+        let bytes = rows * self.stride * 4;
+        let needs_little = self.data.len() / SPARE_TIMES > bytes;
+        self.data.make_room(bytes, needs_little);
         self.rows = rows;
     }
 
@@ -280,18 +280,12 @@ mod tests {
 
     #[test]
     fn room_is_kept_unless_it_is_several_times_what_is_needed() {
-        let mut memory = Aligned::zeroed(0);
-        for (needed, room) in [
-            (4 << 20, 4 << 20),
-            (1 << 20, 4 << 20),
-            (512 << 10, 512 << 10),
-            (64 << 10, 512 << 10),
-            (2 << 20, 2 << 20),
-            (0, 0),
-        ] {
-            memory.make_room(needed);
-            assert_eq!(memory.len(), room, "for {needed} bytes");
-            memory.bytes_mut().fill(1);
+        const ROW: usize = 64 << 10;
+        let mut rows = Rows::new(0, ROW / 4);
+        for (needed, room) in [(64, 64), (16, 64), (8, 8), (1, 8), (32, 32), (0, 0)] {
+            rows.resize(needed);
+            assert_eq!(rows.data.len(), room * ROW, "for {needed} rows");
+            rows.data.bytes_mut().fill(1);
         }
     }
 }
