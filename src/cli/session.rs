@@ -172,7 +172,7 @@ impl Session {
         let sampling = generation_defaults(&files);
         let for_text = tokenizer.as_ref().ok();
         let engine = match backend {
-            AnyBackend::Cpu(cpu) => boxed_engine(load(cpu, &files)?, for_text)?,
+            AnyBackend::Cpu(cpu) => boxed_engine(load(*cpu, &files)?, for_text)?,
             AnyBackend::Cuda(cuda) => boxed_engine(load(*cuda, &files)?, for_text)?,
         };
         let session = Session {
@@ -394,7 +394,7 @@ fn boxed_engine<B: Backend>(
 }
 
 enum AnyBackend {
-    Cpu(Cpu),
+    Cpu(Box<Cpu>),
     Cuda(Box<Cuda>),
 }
 
@@ -406,7 +406,7 @@ fn backend(options: &GlobalOptions) -> Result<AnyBackend, CliError> {
             "--dtype fp8 is for --device cuda (or emulate); on the CPU, --dtype q8 is as small"
                 .to_string(),
         )),
-        Device::Auto | Device::Cpu => Ok(AnyBackend::Cpu(cpu(options)?)),
+        Device::Auto | Device::Cpu => Ok(AnyBackend::Cpu(Box::new(cpu(options)?))),
         Device::Cuda { index } => {
             let mut gpu = Gpu::open(index).map_err(BackendError::from)?;
             if is_off(DEPENDENT_LAUNCH_VARIABLE) {
