@@ -61,12 +61,12 @@ pub fn run(
     // The end of the input, or what is wrong with an item: those before it are written first.
     let mut input_ended: Option<Result<(), CliError>> = None;
     let (mut session, mut writing) = InOrder::new(session, 0);
+    let has_room = |writing: &InOrder<Asked>| match options.strategy() {
+        // It does not run beside others.
+        Strategy::Beam => writing.is_empty(),
+        _ => writing.has_room(options.n),
+    };
     'items: loop {
-        let has_room = |writing: &InOrder<Asked>| match options.strategy() {
-            // It does not run beside others.
-            Strategy::Beam => writing.is_empty(),
-            _ => writing.has_room(options.n),
-        };
         while input_ended.is_none() && has_room(&writing) {
             let patience = match writing.is_empty() {
                 true => PATIENCE,
@@ -82,7 +82,11 @@ pub fn run(
             };
             let begun = item.map_err(CliError::from).and_then(|item| {
                 let line = item.line;
-                let (prompt, fields) = as_asked(options, &item);
+                let mut fields = item.fields.clone();
+                let prompt = match options.chat {
+                    true => as_chat(&item.prompt, options.system.as_deref(), &mut fields),
+                    false => item.prompt.clone(),
+                };
                 let seed = item_seed(seed, writing.next() as u64);
                 let prompt = session
                     .prompt_tokens(&prompt)
@@ -113,14 +117,7 @@ pub fn run(
         }
         while let Some((_, asked, ended)) = writing.hand_out() {
             let generated = match ended {
-                Ok(completions) => {
-                    completions
-                        .into_iter()
-                        .find_map(|completion| match completion {
-                            Completion::Generated(generated) => Some(generated),
-                            Completion::Scored(_) => None,
-                        })
-                }
+                Ok(completions) => generated(completions),
                 Err(error @ EngineError::Lost { .. }) => {
                     lost = Some(error.to_string());
                     break 'items;
@@ -194,18 +191,24 @@ fn begin(
     Ok(())
 }
 
-/// The prompt of an item, and the fields of its line: with `--chat`, a plain prompt becomes the
-/// message of a chat, here and there.
-fn as_asked(options: &GenerateOptions, item: &Item) -> (Prompt, Map<String, Value>) {
-    let mut fields = item.fields.clone();
-    let mut prompt = item.prompt.clone();
-    if let (Prompt::Text(text), true) = (&prompt, options.chat) {
-        let messages = chat(options.system.as_deref(), text);
-        fields.shift_remove("prompt");
-        fields.insert("messages".to_string(), json!(messages));
-        prompt = Prompt::Messages(messages);
+/// What was written of an item that has one group.
+fn generated(completions: Vec<Completion>) -> Option<Box<Generated>> {
+    match completions.into_iter().next()? {
+        Completion::Generated(generated) => Some(generated),
+        Completion::Scored(_) => None,
     }
-    (prompt, fields)
+}
+
+/// An item's prompt with `--chat`, where plain text is the message of a chat: there, and in the fields
+/// of its line.
+pub fn as_chat(prompt: &Prompt, system: Option<&str>, fields: &mut Map<String, Value>) -> Prompt {
+    let Prompt::Text(text) = prompt else {
+        return prompt.clone();
+    };
+    let messages = chat(system, text);
+    fields.shift_remove("prompt");
+    fields.insert("messages".to_string(), json!(messages));
+    Prompt::Messages(messages)
 }
 
 /// The item's line: its fields, then what came of them.

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::backend::sampling::SamplingParams;
 use crate::cli::error::CliError;
 use crate::cli::generate::{SamplingOptions, unescape};
+use crate::cli::in_order::InOrder;
 use crate::cli::interrupt;
 use crate::cli::options::{GlobalOptions, LayerChoice};
 use crate::cli::progress::{Progress, Unit};
@@ -25,7 +26,6 @@ use crate::tasks::data::Data;
 use crate::tasks::forms::Samples;
 use crate::tasks::verify::{Kind, Verdict, Verifier, VerifierOptions};
 use tally::Tally;
-use writing::Writing;
 
 /// Most threads that verify: generation needs the machine, and most verdicts take microseconds.
 const MOST_JUDGES: usize = 4;
@@ -221,12 +221,13 @@ pub fn run(global: &GlobalOptions, options: &CollectOptions) -> Result<(), CliEr
             data.items[number].line
         ))
     };
-    let (mut session, mut writing) = Writing::new(session, begun);
+    let (mut session, mut writing) = InOrder::new(session, begun);
     while !interrupt::interrupted() {
         while writing.next() < total && writing.has_room(options.n) {
             let number = writing.next();
-            let begun = writing.begin(&mut session, options, &data.items[number], &layers);
-            begun.map_err(|error| of_item(number, error))?;
+            let item = &data.items[number];
+            writing::begin(&mut writing, &mut session, options, item, &layers)
+                .map_err(|error| of_item(number, error))?;
         }
         if writing.is_empty() {
             break;
@@ -235,10 +236,11 @@ pub fn run(global: &GlobalOptions, options: &CollectOptions) -> Result<(), CliEr
         if interrupt::interrupted() {
             break;
         }
-        while let Some((number, what, texts)) = writing
-            .hand_out()
-            .map_err(|(number, error)| of_item(number, error))?
-        {
+        while let Some((number, begun, ended)) = writing.hand_out() {
+            let completions = ended.map_err(|error| of_item(number, error.into()))?;
+            let Some((what, texts)) = writing::written(begun, completions) else {
+                continue;
+            };
             let verifier = verifier
                 .of_item(&what.line)
                 .map_err(|problem| of_item(number, CliError::Failed(problem)))?;

@@ -3,131 +3,88 @@
 use serde_json::{Map, Value, json};
 
 use super::{Candidate, CollectOptions};
-use crate::cli::batch::item_seed;
+use crate::cli::batch::{as_chat, item_seed};
 use crate::cli::error::CliError;
-use crate::cli::generate::chat;
 use crate::cli::in_order::InOrder;
 use crate::cli::session::Session;
 use crate::engine::select::Strategy;
 use crate::engine::stop::FinishReason;
 use crate::engine::{Completion, GenerateRequest, Generated, ScoreRequest, Scored};
-use crate::tasks::candidates::{Candidates, Item, Prompt};
+use crate::tasks::candidates::{Candidates, Item};
 
 /// An item that is being written: its line so far, and how it is to be read.
-struct Begun {
+pub struct Begun {
     line: Map<String, Value>,
     /// Whether the log-probabilities of given candidates were asked for: the item has none.
     logprobs: bool,
 }
 
-/// Items that are being written: the candidates of each, or the scores of those that it came with, and
-/// with `--greedy` one more answer.
-pub struct Writing(InOrder<Begun>);
-
-impl Writing {
-    /// Nothing yet; `first` is the number of the item to begin with.
-    pub fn new(session: Session, first: usize) -> (Session, Writing) {
-        let (session, items) = InOrder::new(session, first);
-        (session, Writing(items))
-    }
-
-    pub fn next(&self) -> usize {
-        self.0.next()
-    }
-
-    pub fn has_room(&self, n: usize) -> bool {
-        self.0.has_room(n)
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    pub fn step(&mut self, session: &mut Session) {
-        self.0.step(session);
-    }
-
-    /// Puts the next item into the engine's queue.
-    pub fn begin(
-        &mut self,
-        session: &mut Session,
-        options: &CollectOptions,
-        item: &Item,
-        layers: &[usize],
-    ) -> Result<(), CliError> {
-        let number = self.next();
-        let mut line = Map::new();
-        line.insert("id".to_string(), item.id.clone());
-        line.extend(item.fields.clone());
-        line.insert("id".to_string(), item.id.clone());
-        let mut groups = Vec::new();
-        if item.candidates.is_some() {
-            let request = ScoreRequest {
-                layers: layers.to_vec(),
-                logprobs: item.mean_logprob.is_none(),
-                ..session.score_request(item)?
-            };
-            if item.length.is_none() {
-                let lengths = request.candidate_token_ids.iter().map(Vec::len);
-                line.insert("length".to_string(), lengths.collect());
-            }
-            let texts = given_texts(session, item, &line, &request)?;
-            line.insert("candidates".to_string(), json!(texts));
-            groups.push(session.engine.submit_score(request)?);
-        } else {
-            let mut prompt = item.prompt.clone();
-            if let (Prompt::Text(text), true) = (&prompt, options.chat) {
-                let messages = chat(options.system.as_deref(), text);
-                line.shift_remove("prompt");
-                line.insert("messages".to_string(), json!(messages));
-                prompt = Prompt::Messages(messages);
-            }
-            let seed = item_seed(options.seed, number as u64);
-            line.insert("seed".to_string(), json!(seed));
-            let prompt = session.prompt_tokens(&prompt)?;
-            let request = options.request(session, item, prompt, seed);
-            let sampled = GenerateRequest {
-                feature_layers: layers.to_vec(),
-                ..request.clone()
-            };
-            groups.push(session.engine.submit(sampled)?);
-            if options.greedy {
-                let greedy = GenerateRequest {
-                    strategy: Strategy::Greedy,
-                    ..request
-                };
-                groups.push(session.engine.submit(greedy)?);
-            }
+/// Puts the next item into the engine's queue: its candidates are to be written, or those that it came
+/// with scored, and with `--greedy` one more answer is.
+pub fn begin(
+    writing: &mut InOrder<Begun>,
+    session: &mut Session,
+    options: &CollectOptions,
+    item: &Item,
+    layers: &[usize],
+) -> Result<(), CliError> {
+    let mut line = Map::new();
+    line.insert("id".to_string(), item.id.clone());
+    line.extend(item.fields.clone());
+    line.insert("id".to_string(), item.id.clone());
+    let mut groups = Vec::new();
+    if item.candidates.is_some() {
+        let request = ScoreRequest {
+            layers: layers.to_vec(),
+            logprobs: item.mean_logprob.is_none(),
+            ..session.score_request(item)?
+        };
+        if item.length.is_none() {
+            let lengths = request.candidate_token_ids.iter().map(Vec::len);
+            line.insert("length".to_string(), lengths.collect());
         }
-        let logprobs = item.candidates.is_some() && item.mean_logprob.is_none();
-        self.0.begin(Begun { line, logprobs }, &groups);
-        Ok(())
+        let texts = given_texts(session, item, &line, &request)?;
+        line.insert("candidates".to_string(), json!(texts));
+        groups.push(session.engine.submit_score(request)?);
+    } else {
+        let prompt = match options.chat {
+            true => as_chat(&item.prompt, options.system.as_deref(), &mut line),
+            false => item.prompt.clone(),
+        };
+        let seed = item_seed(options.seed, writing.next() as u64);
+        line.insert("seed".to_string(), json!(seed));
+        let prompt = session.prompt_tokens(&prompt)?;
+        let request = options.request(session, item, prompt, seed);
+        let sampled = GenerateRequest {
+            feature_layers: layers.to_vec(),
+            ..request.clone()
+        };
+        groups.push(session.engine.submit(sampled)?);
+        if options.greedy {
+            let greedy = GenerateRequest {
+                strategy: Strategy::Greedy,
+                ..request
+            };
+            groups.push(session.engine.submit(greedy)?);
+        }
     }
+    let logprobs = item.candidates.is_some() && item.mean_logprob.is_none();
+    writing.begin(Begun { line, logprobs }, &groups);
+    Ok(())
+}
 
-    /// The first item's number, everything of it but its verdicts, and the texts to be judged; once
-    /// it is written. An error comes with its item's number.
-    #[allow(clippy::type_complexity)]
-    pub fn hand_out(
-        &mut self,
-    ) -> Result<Option<(usize, Candidate, Vec<String>)>, (usize, CliError)> {
-        let Some((number, begun, ended)) = self.0.hand_out() else {
-            return Ok(None);
-        };
-        let mut ended = ended.map_err(|error| (number, error.into()))?.into_iter();
-        let (candidate, texts) = match (ended.next(), ended.next()) {
-            (Some(Completion::Generated(generated)), greedy) => {
-                let greedy = match greedy {
-                    Some(Completion::Generated(greedy)) => Some(*greedy),
-                    _ => None,
-                };
-                generated_item(begun.line, *generated, greedy)
-            }
-            (Some(Completion::Scored(scored)), _) => {
-                scored_item(begun.line, *scored, begun.logprobs)
-            }
-            (None, _) => return Ok(None),
-        };
-        Ok(Some((number, candidate, texts)))
+/// Everything of an item but its verdicts, and the texts to be judged, from what came of its groups.
+pub fn written(begun: Begun, completions: Vec<Completion>) -> Option<(Candidate, Vec<String>)> {
+    let mut completions = completions.into_iter();
+    match (completions.next()?, completions.next()) {
+        (Completion::Generated(generated), greedy) => {
+            let greedy = match greedy {
+                Some(Completion::Generated(greedy)) => Some(*greedy),
+                _ => None,
+            };
+            Some(generated_item(begun.line, *generated, greedy))
+        }
+        (Completion::Scored(scored), _) => Some(scored_item(begun.line, *scored, begun.logprobs)),
     }
 }
 
