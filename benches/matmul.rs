@@ -1,5 +1,5 @@
 //! The matmul of the CPU backend: one row to a prompt, plain and quantised weights, the latter also
-//! by byte products where the processor has them.
+//! by integer products where the processor has fast ones.
 //!
 //! Throughput is bytes of weights for one row, multiply-adds (two operations each) for more: hold
 //! them against the machine's limits that `podium bench` prints.
@@ -45,6 +45,10 @@ fn bench(criterion: &mut Criterion) {
     let (out_features, in_features) = (32768, 1536);
     let codes = [Dtype::Q8_0, Dtype::Q4_1, Dtype::Q4K, Dtype::Q6K];
     let mut kinds = vec![(Dtype::BF16, Form::Float)];
+    kinds.extend(
+        isa.has_half_products()
+            .then_some((Dtype::BF16, Form::Halves)),
+    );
     for dtype in codes {
         kinds.push((dtype, Form::Float));
         kinds.extend(
@@ -53,7 +57,8 @@ fn bench(criterion: &mut Criterion) {
         );
     }
     for (dtype, form) in kinds {
-        let weight = Matrix::pack(&team, &[weights(dtype, out_features, in_features)]);
+        let halves = form == Form::Halves;
+        let weight = Matrix::pack(&team, &[weights(dtype, out_features, in_features)], halves);
         let mut group =
             criterion.benchmark_group(format!("matmul/{dtype:?}/{form:?}/{}", isa.name()));
         group.sample_size(10);

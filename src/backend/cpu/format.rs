@@ -14,6 +14,11 @@
 //! | Q4_K, Q5_K | 8 | scale f16, minimum f16 | factors of both u8, then as Q4_1, Q5_1 |
 //! | Q6_K | 8 | scale f16 | a factor i8 for each half, 4 words of nibbles, 2 of upper bit pairs |
 //!
+//! Halves are what F16 and BF16 become where the processor multiplies whole numbers of sixteen bits faster
+//! than float32 (`halves.rs`): `weight = scale · code`, code in -16383..=16383, a scale for each span.
+//! Two spans are a block of 33 cache lines: their scales (bf16), then of each span 16 words, the codes of
+//! two inputs as the halves of a lane.
+//!
 //! A quad is the codes of four inputs as the four bytes of a lane: what one byte product takes
 //! ([`Simd::dot4`]). A word of nibbles has one quad in the lower halves of its bytes and the next in
 //! the upper halves, and bits that belong to a quad are eight apart, so that a mask and a shift make
@@ -90,20 +95,48 @@ impl CodeLayout {
     }
 }
 
-/// Inputs of a packed block.
-pub const fn block_inputs(dtype: Dtype) -> usize {
-    match CodeLayout::of(dtype) {
-        Some(layout) => layout.spans * SPAN,
-        None => UNIT,
+/// What a packed matrix holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packed {
+    /// The numbers or codes of the file.
+    Stored(Dtype),
+    /// Whole numbers of sixteen bits, made of numbers of sixteen bits.
+    Halves,
+}
+
+impl Packed {
+    /// Layout of the codes of a block format.
+    pub const fn codes(self) -> Option<CodeLayout> {
+        match self {
+            Packed::Stored(dtype) => CodeLayout::of(dtype),
+            Packed::Halves => None,
+        }
+    }
+
+    /// Inputs of a packed block.
+    pub const fn block_inputs(self) -> usize {
+        match (self, self.codes()) {
+            (Packed::Halves, _) => HALVES_SPANS * SPAN,
+            (_, Some(layout)) => layout.spans * SPAN,
+            (_, None) => UNIT,
+        }
+    }
+
+    /// Bytes of a packed block of sixteen outputs.
+    pub const fn block_bytes(self) -> usize {
+        match (self, self.codes()) {
+            (Packed::Halves, _) => HALVES_SPANS * (2 * LANES + SPAN * 2 * LANES),
+            (_, Some(layout)) => layout.block_bytes(),
+            (Packed::Stored(dtype), None) => UNIT * LANES * dtype.block_bytes(),
+        }
     }
 }
 
-/// Bytes of a packed block of sixteen outputs.
-pub const fn block_bytes(dtype: Dtype) -> usize {
-    match CodeLayout::of(dtype) {
-        Some(layout) => layout.block_bytes(),
-        None => UNIT * LANES * dtype.block_bytes(),
-    }
+/// Spans of a block of halves: with two, their scales fill a cache line.
+pub const HALVES_SPANS: usize = 2;
+/// Where the codes of span `span` of a block of halves begin.
+pub const fn halves_codes(span: usize) -> usize {
+    2 * LANES * HALVES_SPANS + span * SPAN * 2 * LANES
 }
 
 /// How a kernel reads a packed format as float32.
@@ -210,7 +243,7 @@ macro_rules! plain_format {
         // SAFETY: reads the 8 × 16 elements of a block.
         unsafe impl Format for $name {
             const BLOCK_INPUTS: usize = UNIT;
-            const BLOCK_BYTES: usize = block_bytes(Dtype::$dtype);
+            const BLOCK_BYTES: usize = Packed::Stored(Dtype::$dtype).block_bytes();
             #[inline(always)]
             unsafe fn unit<S: Simd>(block: *const u8, _unit: usize) -> [S::V; UNIT] {
                 unsafe {
@@ -236,6 +269,34 @@ plain_format!(F32, F32, f32, load);
 plain_format!(F16, F16, u16, load_f16);
 plain_format!(BF16, BF16, u16, load_bf16);
 
+pub(super) struct Halves;
+// SAFETY: reads within the packed block described at the top of this file.
+unsafe impl Format for Halves {
+    const BLOCK_INPUTS: usize = Packed::Halves.block_inputs();
+    const BLOCK_BYTES: usize = Packed::Halves.block_bytes();
+    #[inline(always)]
+    unsafe fn unit<S: Simd>(block: *const u8, unit: usize) -> [S::V; UNIT] {
+        let (span, unit) = (unit / (SPAN / UNIT), unit % (SPAN / UNIT));
+        unsafe {
+            let scale = S::load_bf16(block.cast::<u16>().add(span * LANES));
+            let words = block.add(halves_codes(span)).cast::<u32>();
+            let words = words.add(unit * UNIT / 2 * LANES);
+            let mut out = [scale; UNIT];
+            for (i, out) in out.iter_mut().enumerate() {
+                let word = S::load_u32(words.add(i / 2 * LANES));
+                // The sign comes down with an addition: of the code, moved up by 2^15.
+                let code = S::and(S::shift_right(word, (i % 2 * 16) as u32), 0xffff);
+                let code = S::add_i32(
+                    S::and(S::add_i32(code, S::splat_i32(1 << 15)), 0xffff),
+                    S::splat_i32(-(1 << 15)),
+                );
+                *out = S::mul(S::to_f32(code), scale);
+            }
+            out
+        }
+    }
+}
+
 macro_rules! block_format {
     ($($name:ident $dtype:ident),*) => {$(
         pub(super) struct $name;
@@ -248,8 +309,8 @@ macro_rules! block_format {
         }
         // SAFETY: as above.
         unsafe impl Format for $name {
-            const BLOCK_INPUTS: usize = block_inputs(Dtype::$dtype);
-            const BLOCK_BYTES: usize = block_bytes(Dtype::$dtype);
+            const BLOCK_INPUTS: usize = Packed::Stored(Dtype::$dtype).block_inputs();
+            const BLOCK_BYTES: usize = Packed::Stored(Dtype::$dtype).block_bytes();
             #[inline(always)]
             unsafe fn unit<S: Simd>(block: *const u8, unit: usize) -> [S::V; UNIT] {
                 unsafe { dequantise::<S, $name>(block, unit) }

@@ -8,7 +8,7 @@ use super::team::Team;
 use crate::backend::Norm;
 
 /// Rows of activations in tiles as tall as the register tile, their norm applied: as float32, tile
-/// after tile `[in_features][rows of the tile]`, or as whole numbers of two bytes (`integer.rs`).
+/// after tile `[in_features][rows of the tile]`, or as whole numbers of two bytes (`integer.rs`, `halves.rs`).
 pub struct Inputs {
     data: Aligned,
     tiles: Vec<Tile>,
@@ -22,7 +22,10 @@ pub struct Inputs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     Float,
+    /// For weights that are codes.
     Quantised,
+    /// For weights that are halves.
+    Halves,
 }
 
 #[derive(Clone, Copy)]
@@ -45,8 +48,8 @@ impl Default for Inputs {
 }
 
 impl Inputs {
-    /// Takes `rows` of `x` (all, where `None`), normalised if a norm is given. Quantised ones must
-    /// have whole spans of inputs.
+    /// Takes `rows` of `x` (all, where `None`), normalised if a norm is given. Whole numbers are made of
+    /// whole spans of inputs.
     pub fn fill(
         &mut self,
         team: &Team,
@@ -79,7 +82,7 @@ impl Inputs {
         self.data.make_room(self.rows * row_words * 4, needs_little);
         let tile_rows = match form {
             Form::Float => isa.tile_rows(),
-            Form::Quantised => isa.product_rows(),
+            Form::Quantised | Form::Halves => isa.product_rows(),
         };
         self.tiles.clear();
         let count = self.rows.div_ceil(tile_rows);
@@ -114,8 +117,9 @@ impl Inputs {
                             i,
                             rows,
                         }),
-                        Form::Quantised => isa.dispatch(Quantise {
+                        Form::Quantised | Form::Halves => isa.dispatch(Quantise {
                             row,
+                            halves: form == Form::Halves,
                             out: out.cast(),
                             i,
                             rows,
@@ -147,7 +151,7 @@ impl Inputs {
     fn row_words(&self) -> usize {
         match self.form {
             Form::Float => self.in_features.next_multiple_of(UNIT),
-            Form::Quantised => self.in_features / SPAN * SPAN_WORDS,
+            Form::Quantised | Form::Halves => self.in_features / SPAN * SPAN_WORDS,
         }
     }
 
@@ -155,7 +159,7 @@ impl Inputs {
     pub(super) fn tile(&self, tile: Tile, first: usize) -> *const f32 {
         let before = match self.form {
             Form::Float => first,
-            Form::Quantised => first / SPAN * SPAN_WORDS,
+            Form::Quantised | Form::Halves => first / SPAN * SPAN_WORDS,
         };
         let at = tile.first_row * self.row_words() + before * tile.rows;
         self.data.as_f32()[at..].as_ptr()

@@ -15,23 +15,25 @@
 //! after 18 layers of SmolLM2 from eight bits cost its `gcd` ranker a third of its accuracy; from sixteen,
 //! nothing.)
 //!
+//! Rows are made into the same whole numbers for weights that are halves (`halves.rs`), but for their scale.
+//!
 //! The sums are whole numbers, the same in any order and either way. What is float32 is one chain along
 //! the spans, the same for one row and for many, so here too a row's result does not depend on its batch.
 
-use super::format::{CodeLayout, Codes, QUADS, SPAN, UNIT};
+use super::format::{CodeLayout, Codes, Packed, QUADS, SPAN, UNIT};
+use super::halves;
 use super::inputs::Normed;
 use super::matrix::with_format;
 use super::simd::{Kernel, LANES, Products, Simd};
 use super::tile::Ahead;
-use crate::model::tensor::Dtype;
 use std::hint::black_box;
 use std::marker::PhantomData;
 
 /// Words that a quantised span of a row takes: eight quads of high bytes and eight of low ones, or
-/// sixteen pairs of halves (see [`halves`]), and
+/// sixteen pairs of halves (see [`quad_halves`]), and
 pub const SPAN_WORDS: usize = 2 * QUADS + 4;
 /// the scale (f32),
-const SCALE: usize = 2 * QUADS;
+pub(super) const SCALE: usize = 2 * QUADS;
 /// scale · Σ z (f32),
 const SCALED_SUM: usize = 2 * QUADS + 1;
 /// and Σ z of the lower and of the upper half of the span (i32).
@@ -64,6 +66,8 @@ pub(super) const WIDE_RUN: usize = RUN / SPAN * (2 * QUADS + 3) * LANES;
 /// Quantises a row into its place of a tile `[spans][SPAN_WORDS][rows of the tile]`.
 pub(super) struct Quantise<'a> {
     pub row: Normed<'a>,
+    /// For weights that are halves.
+    pub halves: bool,
     pub out: *mut u32,
     pub i: usize,
     pub rows: usize,
@@ -79,7 +83,7 @@ impl Kernel for Quantise<'_> {
             for span in 0..self.row.width / SPAN {
                 let first = normed::<S>(&self.row, norm_scale, span * SPAN);
                 let second = normed::<S>(&self.row, norm_scale, span * SPAN + LANES);
-                let words = quantise::<S>([first, second]);
+                let words = quantise::<S>([first, second], self.halves);
                 let out = self.out.add(span * SPAN_WORDS * self.rows + self.i);
                 for (index, word) in words.into_iter().enumerate() {
                     *out.add(index * self.rows) = word;
@@ -114,38 +118,43 @@ unsafe fn magnitude<S: Simd>(x: S::V) -> S::V {
 
 /// The words of a span.
 #[inline(always)]
-unsafe fn quantise<S: Simd>(halves: [S::V; 2]) -> [u32; SPAN_WORDS] {
+unsafe fn quantise<S: Simd>(x: [S::V; 2], for_halves: bool) -> [u32; SPAN_WORDS] {
     let mut words = [0; SPAN_WORDS];
     unsafe {
-        let greatest = S::greatest(S::max(magnitude::<S>(halves[0]), magnitude::<S>(halves[1])));
-        let scale = greatest / GREATEST;
+        let magnitudes = [magnitude::<S>(x[0]), magnitude::<S>(x[1])];
+        let greatest = S::greatest(S::max(magnitudes[0], magnitudes[1]));
+        let (scale, inverse) = if for_halves {
+            let sum = S::sum(S::add(magnitudes[0], magnitudes[1]));
+            let scale = halves::activation_scale(greatest, sum);
+            (scale, 1.0 / scale)
+        } else {
+            (greatest / GREATEST, GREATEST / greatest)
+        };
         // Nothing but zeros, or too small for a scale: zeros.
         let inverse = if scale >= f32::MIN_POSITIVE {
-            GREATEST / greatest
+            inverse
         } else {
             0.0
         };
         let mut sums = [0.0; 2];
-        for (half, x) in halves.into_iter().enumerate() {
+        let as_halves = for_halves || matches!(S::PRODUCTS, Products::Halves);
+        for (half, x) in x.into_iter().enumerate() {
             let z = S::to_i32(S::mul(x, S::splat(inverse)));
-            match S::PRODUCTS {
-                Products::Halves => {
-                    let place = words.as_mut_ptr().add(half * QUADS);
-                    S::store_low_halves(place.cast(), z);
-                }
-                _ => {
-                    // The low byte is signed, so the high one is rounded to the nearest.
-                    let high = S::shift_right(S::add_i32(z, S::splat_i32(128)), 8);
-                    let place = words.as_mut_ptr().add(half * QUADS / 2);
-                    S::store_low_bytes(place.cast(), high);
-                    S::store_low_bytes(place.add(QUADS).cast(), z);
-                }
+            if as_halves {
+                let place = words.as_mut_ptr().add(half * QUADS);
+                S::store_low_halves(place.cast(), z);
+            } else {
+                // The low byte is signed, so the high one is rounded to the nearest.
+                let high = S::shift_right(S::add_i32(z, S::splat_i32(128)), 8);
+                let place = words.as_mut_ptr().add(half * QUADS / 2);
+                S::store_low_bytes(place.cast(), high);
+                S::store_low_bytes(place.add(QUADS).cast(), z);
             }
             // Whole numbers below 2^24: exact.
             sums[half] = S::sum(S::to_f32(z));
         }
-        if matches!(S::PRODUCTS, Products::Halves) {
-            // Of four inputs the first and the third, then the second and the fourth: see `halves`.
+        if as_halves && !for_halves {
+            // Of four inputs the first and the third, then the second and the fourth: see `quad_halves`.
             for quad in words[..2 * QUADS].chunks_exact_mut(2) {
                 let [low, high] = [quad[0], quad[1]];
                 quad[0] = low & 0xffff | high << 16;
@@ -164,7 +173,7 @@ unsafe fn quantise<S: Simd>(halves: [S::V; 2]) -> [u32; SPAN_WORDS] {
 /// The codes of a quad as halves of a lane: of four inputs the first and the third, then the second
 /// and the fourth.
 #[inline(always)]
-unsafe fn halves<S: Simd>(quad: S::I) -> [S::I; 2] {
+unsafe fn quad_halves<S: Simd>(quad: S::I) -> [S::I; 2] {
     unsafe {
         [
             S::and(quad, 0x00ff_00ff),
@@ -213,7 +222,7 @@ impl<F: Codes> Kernel for Gemv<F> {
                                 let x = |index: usize| S::splat_i32(*x.add(index) as i32);
                                 match S::PRODUCTS {
                                     Products::Halves => {
-                                        let [even, odd] = halves::<S>(codes);
+                                        let [even, odd] = quad_halves::<S>(codes);
                                         high = S::dot2(high, even, x(2 * quad));
                                         low = S::dot2(low, odd, x(2 * quad + 1));
                                     }
@@ -269,14 +278,14 @@ unsafe fn start(span: *const u32, rows: usize, row: usize, part: usize, layout: 
 /// As [`Simd`]; a packed panel of `width` inputs, and as many quantised ones at `x`.
 #[inline(always)]
 pub(super) unsafe fn gemv<S: Simd>(
-    (dtype, panel): (Dtype, *const u8),
+    (packed, panel): (Packed, *const u8),
     x: *const u32,
     width: usize,
     sums: *mut f32,
 ) {
     // SAFETY: passed on.
     unsafe {
-        with_format!(codes dtype,
+        with_format!(codes packed,
             F => S::call(Gemv::<F> { panel, x, width, sums, format: PhantomData }),
             else unreachable!("only codes are multiplied as whole numbers"))
     }
@@ -309,7 +318,7 @@ impl<F: Codes> Kernel for Unpack<F> {
                         let place = 2 * unit + i;
                         match S::PRODUCTS {
                             Products::Halves => {
-                                let [even, odd] = halves::<S>(quad);
+                                let [even, odd] = quad_halves::<S>(quad);
                                 S::store_u32(out.add(2 * place * LANES), even);
                                 S::store_u32(out.add((2 * place + 1) * LANES), odd);
                             }
@@ -338,14 +347,14 @@ impl<F: Codes> Kernel for Unpack<F> {
 /// As [`Simd`]; the panel must have the inputs and `out` room for them.
 #[inline(always)]
 pub(super) unsafe fn unpack<S: Simd>(
-    (dtype, panel): (Dtype, *const u8),
+    (packed, panel): (Packed, *const u8),
     first: usize,
     count: usize,
     out: *mut u32,
 ) {
     // SAFETY: passed on.
     unsafe {
-        with_format!(codes dtype,
+        with_format!(codes packed,
             F => S::call(Unpack::<F> { panel, first, count, out, format: PhantomData }),
             else unreachable!("only codes are multiplied as whole numbers"))
     }
@@ -359,11 +368,11 @@ pub(super) const SPAN_STEPS: usize = 2 * QUADS;
 ///
 /// # Safety
 /// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, `wide` runs
-/// unpacked from panels of these dtypes.
+/// unpacked from panels of these formats.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn multiply_tile<S: Simd>(
-    dtypes: [Dtype; 2],
+    packed: [Packed; 2],
     rows: usize,
     x: *const u32,
     wide: [*const u32; 2],
@@ -372,7 +381,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     c: *mut f32,
     first: bool,
 ) {
-    let layouts = dtypes.map(CodeLayout::of);
+    let layouts = packed.map(Packed::codes);
     let spans = inputs / SPAN;
     macro_rules! rows {
         ($scales:literal, $minimum:literal, $panels:literal, $c:expr, $w:expr, $ahead:expr, $layout:expr; $($rows:literal)*) => {

@@ -10,7 +10,8 @@
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
-use super::format::{F32, Format, Plain, SPAN, UNIT, block_bytes, block_inputs};
+use super::format::{F32, Format, Packed, Plain, SPAN, UNIT};
+use super::halves;
 use super::inputs::{Form, Inputs};
 use super::integer;
 use super::matrix::{Matrix, Panel, widen, with_format};
@@ -19,7 +20,6 @@ use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
 use super::tile::{Ahead, LINE, interleaved_tile};
 use crate::model::config::Activation;
-use crate::model::tensor::Dtype;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
@@ -132,7 +132,8 @@ impl Task<'_> {
     unsafe fn one_row<S: Simd>(&self) {
         let x = self.inputs.tile(self.inputs.tiles()[0], 0);
         let width = self.inputs.in_features();
-        if self.inputs.form() == Form::Quantised {
+        let form = self.inputs.form();
+        if form != Form::Float {
             for &pair in self.pairs {
                 let mut sums = [[0.0f32; LANES]; 2];
                 // SAFETY: packed panels of `width` inputs; x has as many.
@@ -140,7 +141,11 @@ impl Task<'_> {
                     for (panel, sums) in [Some(pair.0), pair.1].into_iter().flatten().zip(&mut sums)
                     {
                         let panel = self.weight.panel(panel);
-                        integer::gemv::<S>(panel, x.cast(), width, sums.as_mut_ptr());
+                        let (x, sums) = (x.cast(), sums.as_mut_ptr());
+                        match form {
+                            Form::Halves => halves::gemv::<S>(panel.1, x, width, sums),
+                            _ => integer::gemv::<S>(panel, x, width, sums),
+                        }
                     }
                     self.finish::<S>(pair, 0, sums.as_ptr().cast());
                 }
@@ -159,16 +164,16 @@ impl Task<'_> {
                 }
             });
             let read = panels.map(|panel| self.weight.panel(panel));
-            let same = read.iter().all(|(dtype, _)| *dtype == read[0].0);
+            let same = read.iter().all(|(packed, _)| *packed == read[0].0);
             // SAFETY: packed panels of `width` inputs; x has as many, in whole units.
             unsafe {
                 if same {
                     gemv::<S>(read[0].0, read.map(|(_, panel)| panel), x, width, &mut sums);
                 } else {
                     // Two parts of different formats meet here: one panel at a time.
-                    for (index, &(dtype, panel)) in read.iter().enumerate() {
+                    for (index, &(packed, panel)) in read.iter().enumerate() {
                         let mut copies = [[0.0f32; LANES]; GEMV_PANELS];
-                        gemv::<S>(dtype, [panel; GEMV_PANELS], x, width, &mut copies);
+                        gemv::<S>(packed, [panel; GEMV_PANELS], x, width, &mut copies);
                         sums[index] = copies[0];
                     }
                 }
@@ -198,6 +203,8 @@ impl Task<'_> {
         let (longest, wide) = match form {
             Form::Float => (RUN, [wide, wide.wrapping_add(RUN * LANES)]),
             Form::Quantised => (integer::RUN, [wide, wide.wrapping_add(integer::WIDE_RUN)]),
+            // Read where they lie.
+            Form::Halves => (halves::RUN, [wide; 2]),
         };
         let padded = self.inputs.in_features().next_multiple_of(UNIT);
         let mut tiles = self.inputs.tiles();
@@ -223,7 +230,7 @@ impl Task<'_> {
             // A block of rows is whole tiles; the tiles are at most as tall as the register tile.
             let tallest = match form {
                 Form::Float => S::TILE_ROWS,
-                Form::Quantised => S::PRODUCT_ROWS,
+                Form::Quantised | Form::Halves => S::PRODUCT_ROWS,
             };
             let block = tiles.len().min(ROW_BLOCK / tallest);
             let (now, rest) = tiles.split_at(block);
@@ -240,12 +247,14 @@ impl Task<'_> {
                             Form::Quantised => {
                                 integer::unpack::<S>(panel, run, inputs, wide.cast())
                             }
+                            Form::Halves => {}
                         }
                     }
                     for (i, tile) in now.iter().enumerate() {
                         let steps = match form {
                             Form::Float => inputs,
                             Form::Quantised => inputs / SPAN * integer::SPAN_STEPS,
+                            Form::Halves => inputs / SPAN * halves::SPAN_STEPS,
                         };
                         let ahead = shares(next, longest, steps, (i, now.len()));
                         let x = self.inputs.tile(*tile, run);
@@ -264,13 +273,28 @@ impl Task<'_> {
                                 );
                             }
                             Form::Quantised => {
-                                let dtypes = panels.map(|(dtype, _)| dtype);
+                                let packed = panels.map(|(packed, _)| packed);
                                 let wide = wide.map(|wide| wide.cast_const().cast());
                                 integer::multiply_tile::<S>(
-                                    dtypes,
+                                    packed,
                                     tile.rows,
                                     x.cast(),
                                     wide,
+                                    ahead,
+                                    inputs,
+                                    c,
+                                    run == 0,
+                                );
+                            }
+                            Form::Halves => {
+                                let w = panels.map(|(packed, panel)| {
+                                    panel.add(run / packed.block_inputs() * packed.block_bytes())
+                                });
+                                let x = x.cast();
+                                halves::multiply_tile::<S>(
+                                    tile.rows,
+                                    x,
+                                    w,
                                     ahead,
                                     inputs,
                                     c,
@@ -296,8 +320,8 @@ impl Task<'_> {
     #[inline(always)]
     unsafe fn direct<S: Simd, F: Plain>(
         &self,
-        panels: [(Dtype, *const u8); 2],
-        next_panels: Option<[(Dtype, *const u8); 2]>,
+        panels: [(Packed, *const u8); 2],
+        next_panels: Option<[(Packed, *const u8); 2]>,
         inputs: usize,
         sums: *mut f32,
     ) {
@@ -394,11 +418,11 @@ impl Task<'_> {
 /// there are none.
 #[inline(always)]
 fn place_ahead(
-    panels: [(Dtype, *const u8); 2],
-    next: Option<[(Dtype, *const u8); 2]>,
+    panels: [(Packed, *const u8); 2],
+    next: Option<[(Packed, *const u8); 2]>,
     place: usize,
     inputs: usize,
-) -> ([(Dtype, *const u8); 2], usize) {
+) -> ([(Packed, *const u8); 2], usize) {
     match place.checked_sub(inputs) {
         None => (panels, place),
         Some(behind) => (next.unwrap_or(panels), behind),
@@ -408,18 +432,18 @@ fn place_ahead(
 /// One of `shares` of a run of two panels, for a loop of so many steps.
 #[inline(always)]
 fn shares(
-    (panels, run): ([(Dtype, *const u8); 2], usize),
+    (panels, run): ([(Packed, *const u8); 2], usize),
     inputs: usize,
     steps: usize,
     (share, shares): (usize, usize),
 ) -> Ahead<2> {
-    let bytes = |dtype, inputs| inputs / block_inputs(dtype) * block_bytes(dtype);
-    let share_bytes = panels.map(|(dtype, _)| bytes(dtype, inputs).div_ceil(shares));
+    let bytes = |packed: Packed, inputs| inputs / packed.block_inputs() * packed.block_bytes();
+    let share_bytes = panels.map(|(packed, _)| bytes(packed, inputs).div_ceil(shares));
     let a_step = share_bytes[0].max(share_bytes[1]).div_ceil(steps);
     Ahead {
         start: std::array::from_fn(|p| {
-            let (dtype, panel) = panels[p];
-            panel.wrapping_add(bytes(dtype, run) + share * share_bytes[p])
+            let (packed, panel) = panels[p];
+            panel.wrapping_add(bytes(packed, run) + share * share_bytes[p])
         }),
         step: a_step.next_power_of_two().min(LINE),
     }
@@ -510,7 +534,7 @@ impl<F: Format> Kernel for Gemv<'_, F> {
 /// [`Gemv`], the format chosen at run time.
 #[inline(always)]
 unsafe fn gemv<S: Simd>(
-    dtype: Dtype,
+    packed: Packed,
     panels: [*const u8; GEMV_PANELS],
     x: *const f32,
     width: usize,
@@ -518,6 +542,6 @@ unsafe fn gemv<S: Simd>(
 ) {
     // SAFETY: passed on.
     unsafe {
-        with_format!(dtype, F => S::call(Gemv::<F> { panels, x, width, sums, format: PhantomData }))
+        with_format!(packed, F => S::call(Gemv::<F> { panels, x, width, sums, format: PhantomData }))
     }
 }

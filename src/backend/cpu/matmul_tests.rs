@@ -1,6 +1,7 @@
 //! Products of every format on every instruction set against float64.
 
 use super::format::{CodeLayout, SPAN};
+use super::halves;
 use super::inputs::{Form, Inputs};
 use super::matmul::{Epilogue, ROW_BLOCK, RUN, matmul};
 use super::matrix::Matrix;
@@ -29,14 +30,7 @@ fn stored(dtype: Dtype, seed: u64, rows: usize, columns: usize) -> Tensor<'stati
     let values = random(seed, rows * columns);
     let data: Vec<u8> = match dtype {
         Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Dtype::F16 => values
-            .iter()
-            .flat_map(|v| half::f16::from_f32(*v).to_le_bytes())
-            .collect(),
-        Dtype::BF16 => values
-            .iter()
-            .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
-            .collect(),
+        Dtype::F16 | Dtype::BF16 => return sixteen_bits(dtype, &values, columns),
         _ => {
             let len = rows * dtype.row_bytes(columns).unwrap();
             let mut data: Vec<u8> = random(seed, len)
@@ -62,6 +56,18 @@ fn stored(dtype: Dtype, seed: u64, rows: usize, columns: usize) -> Tensor<'stati
         dtype,
         shape: vec![rows, columns],
         data: Cow::Owned(data),
+    }
+}
+
+fn sixteen_bits(dtype: Dtype, values: &[f32], columns: usize) -> Tensor<'static> {
+    let bits = |x: &f32| match dtype {
+        Dtype::F16 => half::f16::from_f32(*x).to_le_bytes(),
+        _ => half::bf16::from_f32(*x).to_le_bytes(),
+    };
+    Tensor {
+        dtype,
+        shape: vec![values.len() / columns, columns],
+        data: Cow::Owned(values.iter().flat_map(bits).collect()),
     }
 }
 
@@ -149,7 +155,7 @@ fn every_format_and_shape_agrees_with_float64_and_rows_do_not_see_each_other() {
                 _ => block * blocks,
             };
             let stored = stored(dtype, 7, out_features, in_features);
-            let weight = &Matrix::pack(team, std::slice::from_ref(&stored));
+            let weight = &Matrix::pack(team, std::slice::from_ref(&stored), false);
             for form in [Form::Float, Form::Quantised] {
                 if form == Form::Quantised && CodeLayout::of(dtype).is_none() {
                     continue;
@@ -188,7 +194,7 @@ fn every_format_and_shape_agrees_with_float64_and_rows_do_not_see_each_other() {
 fn rounding_activations_to_sixteen_bits_costs_half_a_step_each() {
     let (team, dtype) = (&Team::new(1).unwrap(), Dtype::Q6K);
     let stored = stored(dtype, 4, 48, 512);
-    let weight = &Matrix::pack(team, std::slice::from_ref(&stored));
+    let weight = &Matrix::pack(team, std::slice::from_ref(&stored), false);
     let mut x = filled(3, 512, 6);
     // A span of nothing, one too small for a scale, one with an outlier.
     x.row_mut(0)[..SPAN].fill(0.0);
@@ -228,12 +234,113 @@ fn rounding_activations_to_sixteen_bits_costs_half_a_step_each() {
     }
 }
 
+/// Weights and activations become whole numbers: each is off by half a step of its span at most.
+#[test]
+fn halves_cost_half_a_step_each_and_rows_do_not_see_each_other() {
+    let team = &Team::new(2).unwrap();
+    let shapes = [(50, SPAN), (16, 3 * SPAN), (33, 2 * halves::RUN + 5 * SPAN)];
+    for (isa, dtype, (outputs, width)) in Isa::available().into_iter().flat_map(|isa| {
+        let dtypes = [Dtype::F16, Dtype::BF16].into_iter();
+        dtypes.flat_map(move |dtype| shapes.map(|shape| (isa, dtype, shape)))
+    }) {
+        let what = format!("{dtype:?} {} {outputs} x {width}", isa.name());
+        let mut weights = random(3, outputs * width);
+        // A span of nothing, one with an outlier, one of the greatest products that there are.
+        weights[..SPAN].fill(0.0);
+        weights[width + 3] = 40.0;
+        weights[2 * width..][..SPAN].fill(-3.0);
+        let stored = sixteen_bits(dtype, &weights, width);
+        let weights = stored.to_f32();
+        let weight = &Matrix::pack(team, std::slice::from_ref(&stored), true);
+        assert_eq!(weight.form(true), Form::Halves);
+        let mut x = filled(29, width, 6);
+        x.row_mut(0)[..SPAN].fill(0.0);
+        x.row_mut(1)[..SPAN].fill(1e-41);
+        x.row_mut(2)[7] = 1e6;
+        x.row_mut(3)[..SPAN].fill(5.0);
+        x.row_mut(4)[..SPAN].fill(-1e-3);
+        let form = Form::Halves;
+        let product = Product {
+            team,
+            isa,
+            weight,
+            form,
+        };
+        let alone: Vec<Rows> = (0..29).map(|row| product.of(&x, &[row])).collect();
+        for (row, alone) in alone.iter().enumerate() {
+            let x = x.row(row);
+            for (output, (exact, size)) in reference(x, &stored).into_iter().enumerate() {
+                let spans = x
+                    .chunks(SPAN)
+                    .zip(weights[output * width..].chunks(SPAN))
+                    .map(|(x, w)| (magnitudes(x), magnitudes(w)));
+                let half_steps = spans.map(|(x, w)| {
+                    let x_step = (x.greatest / 32767.0).max(x.sum / 131056.0);
+                    // Its scale has eight bits, and is rounded up.
+                    let w_step = w.greatest / 16383.0 * (1.0 + 1.0 / 128.0);
+                    // The last term: both at once.
+                    (x_step * w.sum + w_step * x.sum) / 2.0 + 8.0 * x_step * w_step
+                });
+                let rounding = size * (width / SPAN + 8) as f64 * f64::from(f32::EPSILON);
+                let bound = half_steps.sum::<f64>() * 1.0001 + rounding + 1e-30;
+                let error = (f64::from(alone.row(0)[output]) - exact).abs();
+                assert!(error <= bound, "{what}: off by {error}, bound {bound}");
+            }
+        }
+        for rows in [2, 7, 13, 29] {
+            let together = product.of(&x, &(0..rows).collect::<Vec<u32>>());
+            for (row, alone) in alone.iter().enumerate().take(rows as usize) {
+                let (together, alone) = (together.row(row), alone.row(0));
+                assert_eq!(together, alone, "{what}, row {row} of {rows}");
+            }
+        }
+        // An embedding is a row of the same numbers, widened.
+        let mut row = vec![0.0; width];
+        for (output, weights) in weights.chunks(width).enumerate() {
+            weight.read_output(isa, output, &mut row);
+            for (got, stored) in row.chunks(SPAN).zip(weights.chunks(SPAN)) {
+                let half_step = magnitudes(stored).greatest / 16383.0 * (1.0 + 1.0 / 128.0) / 2.0;
+                for (got, stored) in got.iter().zip(stored) {
+                    let error = f64::from(got - stored).abs();
+                    assert!(error <= half_step * 1.0001, "{what}: {got}, not {stored}");
+                }
+            }
+        }
+    }
+}
+
+struct Magnitudes {
+    greatest: f64,
+    sum: f64,
+}
+
+fn magnitudes(numbers: &[f32]) -> Magnitudes {
+    let numbers = || numbers.iter().map(|x| f64::from(x.abs()));
+    Magnitudes {
+        greatest: numbers().fold(0.0, f64::max),
+        sum: numbers().sum(),
+    }
+}
+
+#[test]
+fn what_has_no_whole_spans_stays_as_it_is_stored() {
+    let team = &Team::new(1).unwrap();
+    for (dtype, width) in [(Dtype::BF16, SPAN + 8), (Dtype::F32, 2 * SPAN)] {
+        let stored = stored(dtype, 1, 20, width);
+        let weight = Matrix::pack(team, std::slice::from_ref(&stored), true);
+        assert_eq!(weight.form(true), Form::Float);
+        let mut row = vec![0.0; width];
+        weight.read_output(Isa::best(), 19, &mut row);
+        assert_eq!(row, stored.to_f32()[19 * width..]);
+    }
+}
+
 #[test]
 fn more_rows_than_a_block_and_more_inputs_than_a_run() {
     for isa in Isa::available() {
         let team = Team::new(3).unwrap();
         let stored = stored(Dtype::BF16, 5, 40, 2 * RUN + 17);
-        let weight = Matrix::pack(&team, std::slice::from_ref(&stored));
+        let weight = Matrix::pack(&team, std::slice::from_ref(&stored), false);
         let rows = ROW_BLOCK + 31;
         let x = filled(rows, stored.columns(), 11);
         let product = Product {
@@ -270,8 +377,8 @@ fn norm_bias_and_epilogues_agree_with_float64() {
         let mut inputs = Inputs::default();
         inputs.fill(&team, isa, Form::Float, (&x, None, Some(&norm)));
         let before = random(77, outputs);
-        let gated = Matrix::pack_gated(&team, &gate, &up);
-        let plain = Matrix::pack(&team, &[gate.clone(), up.clone()]);
+        let gated = Matrix::pack_gated(&team, &gate, &up, false);
+        let plain = Matrix::pack(&team, &[gate.clone(), up.clone()], false);
         let product_onto = |mut out: Rows, weight: &Matrix, epilogue: Epilogue| {
             matmul(&team, isa, &inputs, weight, Some(&bias), epilogue, &mut out);
             out

@@ -5,35 +5,42 @@
 //! every output is a plain chain of multiply-adds along `in_features`, in the same order for one row
 //! as for a hundred, and a panel is read from front to back.
 //!
-//! The formats keep the bits of the file: `format.rs` has their layouts, `packing.rs` makes them.
+//! The formats keep the bits of the file: `format.rs` has their layouts, `packing.rs` makes them. Or
+//! numbers of sixteen bits become halves: `halves.rs`.
 
-use super::format::{CodeLayout, Format, UNIT, block_bytes, block_inputs};
+use super::format::{Format, Packed, UNIT};
+use super::halves;
+use super::inputs::Form;
 use super::packing::pack_row;
 use super::rows::Aligned;
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
-use crate::model::tensor::{Dtype, Tensor};
+use crate::model::tensor::Tensor;
 use std::marker::PhantomData;
 
 /// Evaluates an expression with a type alias for the format of a dtype.
 macro_rules! with_format {
-    ($dtype:expr, $format:ident => $body:expr) => {
-        with_format!(@arms $dtype, $format => $body;
-            F32 F32, F16 F16, BF16 BF16, Q8_0 Q8, Q4_0 Q4Symmetric, Q4_1 Q4Minimum,
+    ($packed:expr, $format:ident => $body:expr) => {
+        with_format!(@arms $packed, $format => $body;
+            Halves; F32 F32, F16 F16, BF16 BF16, Q8_0 Q8, Q4_0 Q4Symmetric, Q4_1 Q4Minimum,
             Q5_0 Q5Symmetric, Q5_1 Q5Minimum, Q4K Q4K, Q5K Q5K, Q6K Q6K)
     };
-    (codes $dtype:expr, $format:ident => $body:expr, else $other:expr) => {
-        with_format!(@arms $dtype, $format => $body;
-            Q8_0 Q8, Q4_0 Q4Symmetric, Q4_1 Q4Minimum,
+    (codes $packed:expr, $format:ident => $body:expr, else $other:expr) => {
+        with_format!(@arms $packed, $format => $body;
+            ; Q8_0 Q8, Q4_0 Q4Symmetric, Q4_1 Q4Minimum,
             Q5_0 Q5Symmetric, Q5_1 Q5Minimum, Q4K Q4K, Q5K Q5K, Q6K Q6K; _ => $other)
     };
-    (plain $dtype:expr, $format:ident => $body:expr, else $other:expr) => {
-        with_format!(@arms $dtype, $format => $body; F32 F32, F16 F16, BF16 BF16; _ => $other)
+    (plain $packed:expr, $format:ident => $body:expr, else $other:expr) => {
+        with_format!(@arms $packed, $format => $body; ; F32 F32, F16 F16, BF16 BF16; _ => $other)
     };
-    (@arms $dtype:expr, $format:ident => $body:expr;
+    (@arms $packed:expr, $format:ident => $body:expr; $($halves:ident)?;
             $($variant:ident $name:ident),* $(; _ => $other:expr)?) => {
-        match $dtype {
-            $($crate::model::tensor::Dtype::$variant => {
+        match $packed {
+            $($crate::backend::cpu::format::Packed::$halves => {
+                type $format = $crate::backend::cpu::format::$halves;
+                $body
+            })?
+            $($crate::backend::cpu::format::Packed::Stored($crate::model::tensor::Dtype::$variant) => {
                 type $format = $crate::backend::cpu::format::$name;
                 $body
             })*
@@ -45,7 +52,7 @@ pub(super) use with_format;
 
 /// One stored matrix, packed.
 pub struct Part {
-    dtype: Dtype,
+    packed: Packed,
     out_features: usize,
     data: Aligned,
     panel_bytes: usize,
@@ -74,9 +81,10 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// Packs matrices with the same number of columns, whose outputs follow each other.
-    pub fn pack(team: &Team, parts: &[Tensor]) -> Matrix {
-        let matrix = Matrix::pack_parts(team, parts);
+    /// Packs matrices with the same number of columns, whose outputs follow each other; numbers of
+    /// sixteen bits as they are, or as `halves`.
+    pub fn pack(team: &Team, parts: &[Tensor], halves: bool) -> Matrix {
+        let matrix = Matrix::pack_parts(team, parts, halves);
         let mut pairs = Vec::new();
         let mut column = 0;
         for (index, part) in matrix.parts.iter().enumerate() {
@@ -88,8 +96,8 @@ impl Matrix {
     }
 
     /// Packs a gate and an up projection, for `activation(gate · x) ⊙ (up · x)`.
-    pub fn pack_gated(team: &Team, gate: &Tensor, up: &Tensor) -> Matrix {
-        let matrix = Matrix::pack_parts(team, &[gate.clone(), up.clone()]);
+    pub fn pack_gated(team: &Team, gate: &Tensor, up: &Tensor, halves: bool) -> Matrix {
+        let matrix = Matrix::pack_parts(team, &[gate.clone(), up.clone()], halves);
         let (gate, up) = (matrix.parts[0].panels(0, 0), matrix.parts[1].panels(1, 0));
         let pairs = gate.into_iter().zip(up.into_iter().map(Some)).collect();
         Matrix {
@@ -99,7 +107,7 @@ impl Matrix {
         }
     }
 
-    fn pack_parts(team: &Team, parts: &[Tensor]) -> Matrix {
+    fn pack_parts(team: &Team, parts: &[Tensor], halves: bool) -> Matrix {
         let in_features = parts[0].columns();
         assert!(
             parts.iter().all(|part| part.columns() == in_features),
@@ -107,7 +115,7 @@ impl Matrix {
         );
         let parts: Vec<Part> = parts
             .iter()
-            .map(|tensor| Part::pack(team, tensor))
+            .map(|tensor| Part::pack(team, tensor, halves))
             .collect();
         let out_features = parts.iter().map(|part| part.out_features).sum();
         Matrix {
@@ -131,17 +139,25 @@ impl Matrix {
         self.parts.iter().map(|part| part.data.len()).sum()
     }
 
-    /// Whether all weights are codes, so that integer products can compute them.
-    pub(super) fn has_codes(&self) -> bool {
-        self.parts
-            .iter()
-            .all(|part| CodeLayout::of(part.dtype).is_some())
+    /// What inputs become for its products: whole numbers only where it has nothing but codes, and
+    /// `integers` says so, or nothing but halves.
+    pub fn form(&self, integers: bool) -> Form {
+        let all = |is: fn(Packed) -> bool| self.parts.iter().all(|part| is(part.packed));
+        if all(|packed| packed == Packed::Halves) {
+            Form::Halves
+        } else if integers && all(|packed| packed.codes().is_some()) {
+            Form::Quantised
+        } else {
+            Form::Float
+        }
     }
 
     /// Whether all weights are numbers of one format.
     pub(super) fn is_plain(&self) -> bool {
-        let dtype = self.parts[0].dtype;
-        CodeLayout::of(dtype).is_none() && self.parts.iter().all(|part| part.dtype == dtype)
+        let packed = self.parts[0].packed;
+        packed != Packed::Halves
+            && packed.codes().is_none()
+            && self.parts.iter().all(|part| part.packed == packed)
     }
 
     pub(super) fn pairs(&self) -> &[(Panel, Option<Panel>)] {
@@ -149,11 +165,11 @@ impl Matrix {
     }
 
     /// The format of a panel and its first byte.
-    pub(super) fn panel(&self, panel: Panel) -> (Dtype, *const u8) {
+    pub(super) fn panel(&self, panel: Panel) -> (Packed, *const u8) {
         let part = &self.parts[panel.part];
         debug_assert!((panel.index + 1) * part.panel_bytes <= part.data.len());
         // SAFETY: a part has `out_features / 16` panels, rounded up, of `panel_bytes` each.
-        (part.dtype, unsafe {
+        (part.packed, unsafe {
             part.data.as_ptr().add(panel.index * part.panel_bytes)
         })
     }
@@ -167,9 +183,9 @@ impl Matrix {
             column: 0,
             columns: LANES,
         };
-        let (dtype, panel) = self.panel(panel);
+        let (packed, panel) = self.panel(panel);
         isa.dispatch(ReadLane {
-            dtype,
+            packed,
             panel,
             lane: output % LANES,
             out,
@@ -179,7 +195,7 @@ impl Matrix {
 
 /// Widens one lane of a panel.
 struct ReadLane<'a> {
-    dtype: Dtype,
+    packed: Packed,
     panel: *const u8,
     lane: usize,
     out: &'a mut [f32],
@@ -194,7 +210,7 @@ impl Kernel for ReadLane<'_> {
             // SAFETY: the panel has inputs in whole units, as many as `out` needs.
             unsafe {
                 widen::<S>(
-                    (self.dtype, self.panel),
+                    (self.packed, self.panel),
                     unit * UNIT,
                     UNIT,
                     wide.as_mut_ptr(),
@@ -238,22 +254,25 @@ impl<F: Format> Kernel for Widen<F> {
 /// # Safety
 /// As [`Simd`]; the panel must have the inputs and `out` room for them.
 pub(super) unsafe fn widen<S: Simd>(
-    (dtype, panel): (Dtype, *const u8),
+    (packed, panel): (Packed, *const u8),
     first: usize,
     count: usize,
     out: *mut f32,
 ) {
     // SAFETY: passed on.
     unsafe {
-        with_format!(dtype, F => S::call(Widen::<F> { panel, first, count, out, format: PhantomData }))
+        with_format!(packed, F => S::call(Widen::<F> { panel, first, count, out, format: PhantomData }))
     }
 }
 
 impl Part {
-    fn pack(team: &Team, tensor: &Tensor) -> Part {
+    fn pack(team: &Team, tensor: &Tensor, halves: bool) -> Part {
         let (out_features, in_features) = (tensor.rows(), tensor.columns());
-        let block_inputs = block_inputs(tensor.dtype);
-        let panel_bytes = in_features.div_ceil(block_inputs) * block_bytes(tensor.dtype);
+        let packed = match halves {
+            true => halves::packed(tensor.dtype, in_features),
+            false => Packed::Stored(tensor.dtype),
+        };
+        let panel_bytes = in_features.div_ceil(packed.block_inputs()) * packed.block_bytes();
         let panels = out_features.div_ceil(LANES);
         let mut data = Aligned::kept(panels * panel_bytes);
         let chunks: Vec<std::sync::Mutex<&mut [u8]>> = data
@@ -266,17 +285,16 @@ impl Part {
                 return;
             };
             for lane in 0..LANES.min(out_features - panel * LANES) {
-                pack_row(
-                    tensor.dtype,
-                    tensor.row(panel * LANES + lane),
-                    lane,
-                    &mut out,
-                );
+                let row = tensor.row(panel * LANES + lane);
+                match packed {
+                    Packed::Halves => halves::pack_row(tensor.dtype, row, lane, &mut out),
+                    Packed::Stored(dtype) => pack_row(dtype, row, lane, &mut out),
+                }
             }
         });
         drop(chunks);
         Part {
-            dtype: tensor.dtype,
+            packed,
             out_features,
             data,
             panel_bytes,

@@ -3,6 +3,7 @@
 pub mod attention;
 mod filter;
 mod format;
+mod halves;
 pub mod inputs;
 mod integer;
 pub mod kv_cache;
@@ -28,7 +29,7 @@ use super::{
 };
 use crate::model::config::{Activation, Rope};
 use crate::model::tensor::Tensor;
-use inputs::{Form, Inputs};
+use inputs::Inputs;
 use kv_cache::KvCache;
 use matmul::{Epilogue, matmul};
 use matrix::Matrix;
@@ -82,9 +83,10 @@ impl Cpu {
         })
     }
 
-    /// Computes every product from the weights as dequantised and activations in float32. Without it,
-    /// products of quantised weights take activations rounded to sixteen bits, where the processor
-    /// multiplies integers fast (`integer.rs`).
+    /// Computes every product from the weights as stored and activations in float32, those of all
+    /// matrices made after it. Without it, where the processor multiplies integers fast, activations
+    /// are rounded to sixteen bits for products of quantised weights (`integer.rs`) and of weights of
+    /// sixteen bits, which are then rounded a little too (`halves.rs`).
     pub fn exact(self) -> Cpu {
         Cpu {
             exact: true,
@@ -110,6 +112,11 @@ impl Cpu {
             matmul: self.matmul_time.total(),
             attention: self.attention_time.total(),
         }
+    }
+
+    /// Whether weights of sixteen bits become whole numbers.
+    fn packs_halves(&self) -> bool {
+        !self.exact && self.isa.has_half_products()
     }
 
     /// `f` of every row, on all threads.
@@ -139,10 +146,7 @@ impl Cpu {
         out: &mut Rows,
     ) {
         let inputs = &mut *lock(&self.inputs);
-        let form = match !self.exact && self.isa.has_integer_products() && weight.has_codes() {
-            true => Form::Quantised,
-            false => Form::Float,
-        };
+        let form = weight.form(!self.exact && self.isa.has_integer_products());
         self.matmul_time.time(|| {
             inputs.fill(&self.team, self.isa, form, x);
             matmul(&self.team, self.isa, inputs, weight, bias, epilogue, out);
@@ -174,11 +178,16 @@ impl Backend for Cpu {
     }
 
     fn matrix(&self, parts: &[Tensor]) -> Result<Matrix, BackendError> {
-        Ok(Matrix::pack(&self.team, parts))
+        Ok(Matrix::pack(&self.team, parts, self.packs_halves()))
     }
 
     fn gated_matrix(&self, gate: &Tensor, up: &Tensor) -> Result<Matrix, BackendError> {
-        Ok(Matrix::pack_gated(&self.team, gate, up))
+        Ok(Matrix::pack_gated(
+            &self.team,
+            gate,
+            up,
+            self.packs_halves(),
+        ))
     }
 
     fn matrix_bytes(&self, matrix: &Matrix) -> usize {

@@ -1,7 +1,7 @@
 //! Stored rows into packed panels: the bits of the file, their order changed. `format.rs` has the
 //! layout.
 
-use super::format::{CodeLayout, QUADS, SPAN, block_bytes};
+use super::format::{CodeLayout, Packed, QUADS, SPAN};
 use super::simd::LANES;
 use crate::model::tensor::Dtype;
 
@@ -14,7 +14,8 @@ pub(super) fn pack_row(dtype: Dtype, row: &[u8], lane: usize, panel: &mut [u8]) 
         }
         return;
     };
-    for (stored, packed) in stored.zip(panel.chunks_exact_mut(block_bytes(dtype))) {
+    for (stored, packed) in stored.zip(panel.chunks_exact_mut(Packed::Stored(dtype).block_bytes()))
+    {
         let block = Block::read(dtype, stored);
         let (header, spans) = packed.split_at_mut(layout.header_bytes());
         for (index, half) in block.halves.iter().enumerate() {

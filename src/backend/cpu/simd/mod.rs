@@ -35,6 +35,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     const TILE_PANELS: usize;
     /// Which integer products pay.
     const PRODUCTS: Products;
+    /// Whether products of sixteen bits ([`Simd::dot2`]) are faster than those of float32.
+    const HALVES: bool;
     /// Rows of the register tile of integer products, of which each result has a sum of integers and
     /// one of float32.
     const PRODUCT_ROWS: usize;
@@ -321,6 +323,11 @@ impl Isa {
         self.dispatch(HasProducts)
     }
 
+    /// Whether products of halves pay: see [`Simd::HALVES`].
+    pub fn has_half_products(self) -> bool {
+        self.dispatch(HasHalves)
+    }
+
     /// Rows of the register tile of integer products.
     pub fn product_rows(self) -> usize {
         self.dispatch(ProductRows)
@@ -363,6 +370,15 @@ impl Kernel for HasProducts {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> bool {
         !matches!(S::PRODUCTS, Products::None)
+    }
+}
+
+struct HasHalves;
+impl Kernel for HasHalves {
+    type Output = bool;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> bool {
+        S::HALVES
     }
 }
 

@@ -60,6 +60,7 @@ unsafe impl<const I8MM: bool> Simd for Neon<I8MM> {
         true => Products::Bytes,
         false => Products::None,
     };
+    const HALVES: bool = false;
     const PRODUCT_ROWS: usize = 3;
 
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {

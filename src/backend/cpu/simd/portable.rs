@@ -19,6 +19,7 @@ unsafe impl Simd for Portable {
     const TILE_ROWS: usize = 4;
     const TILE_PANELS: usize = 1;
     const PRODUCTS: Products = Products::None;
+    const HALVES: bool = false;
     const PRODUCT_ROWS: usize = Self::TILE_ROWS / 2;
 
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {

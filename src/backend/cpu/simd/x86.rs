@@ -35,6 +35,7 @@ unsafe impl Simd for Avx512 {
     const TILE_ROWS: usize = 12;
     const TILE_PANELS: usize = 2;
     const PRODUCTS: Products = Products::Bytes;
+    const HALVES: bool = true;
     const PRODUCT_ROWS: usize = 6;
 
     #[inline(always)]
@@ -164,6 +165,14 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_dpbusd_epi32(sum, u, s) }
     }
     #[inline(always)]
+    unsafe fn store_low_halves(p: *mut u16, a: __m512i) {
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(a)) }
+    }
+    #[inline(always)]
+    unsafe fn dot2(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_dpwssd_epi32(sum, a, b) }
+    }
+    #[inline(always)]
     unsafe fn sum(v: __m512) -> f32 {
         unsafe {
             let eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
@@ -246,6 +255,7 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
         true => Products::Bytes,
         false => Products::Halves,
     };
+    const HALVES: bool = true;
     const PRODUCT_ROWS: usize = 4;
 
     #[inline(always)]
@@ -464,6 +474,12 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     unsafe fn dot2(sum: Self::I, a: Self::I, b: Self::I) -> Self::I {
         unsafe {
+            if VNNI {
+                return Pair(
+                    _mm256_dpwssd_avx_epi32(sum.0, a.0, b.0),
+                    _mm256_dpwssd_avx_epi32(sum.1, a.1, b.1),
+                );
+            }
             Pair(
                 _mm256_add_epi32(sum.0, _mm256_madd_epi16(a.0, b.0)),
                 _mm256_add_epi32(sum.1, _mm256_madd_epi16(a.1, b.1)),
