@@ -9,13 +9,14 @@
 //! Blocks are counted from the start of the prefix and of a sequence's own tokens, so what a query
 //! adds up, and in which order, does not depend on the rest of the batch.
 
+use super::ahead::Ahead;
 use super::format::F32;
 use super::kv_cache::KvCache;
 use super::matmul::tanh;
 use super::rows::{Aligned, Rows, SharedRows};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
-use super::tile::{Ahead, RegisterTile, interleaved_tile};
+use super::tile::{RegisterTile, interleaved_tile};
 use crate::backend::{Batch, PAGE_LEN, PageId};
 use std::cell::RefCell;
 use std::marker::PhantomData;

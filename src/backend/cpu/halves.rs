@@ -16,13 +16,12 @@
 //!
 //! What is float32 is one chain along the spans, the same for one row and for many.
 
+use super::ahead::Ahead;
 use super::format::{Format, HALVES_SPANS, Halves, Packed, SPAN, halves_codes};
 use super::integer::{SCALE, SPAN_WORDS};
 use super::simd::{Kernel, LANES, Simd};
-use super::tile::Ahead;
 use crate::model::tensor::Dtype;
 use half::slice::HalfFloatSliceExt;
-use std::hint::black_box;
 
 /// The greatest code.
 const GREATEST: f32 = 16383.0;
@@ -182,8 +181,8 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
         if const { S::TILE_PANELS == 2 } {
             return rows!(2, c, w, ahead; 1 2 3 4 5 6);
         }
-        for p in 0..2 {
-            rows!(1, c.add(p * LANES), [w[p]], ahead.of(p); 1 2 3 4 5 6);
+        for (p, w) in w.into_iter().enumerate() {
+            rows!(1, c.add(p * LANES), [w], ahead.of(p); 1 2 3 4 5 6);
         }
     }
 }
@@ -204,9 +203,6 @@ impl<const R: usize, const P: usize> Kernel for HalvesTile<R, P> {
     #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // A number that the compiler does not know: it would unroll all steps of a span, and keep their
-        // operands on the stack.
-        let steps = black_box(SPAN_STEPS);
         unsafe {
             let mut acc = [[S::splat(0.0); P]; R];
             if !self.first {
@@ -224,16 +220,23 @@ impl<const R: usize, const P: usize> Kernel for HalvesTile<R, P> {
                 let w =
                     blocks.map(|block| block.add(halves_codes(span % HALVES_SPANS)).cast::<u32>());
                 let mut dots = [[S::splat_i32(0); P]; R];
-                for step in 0..steps {
-                    self.ahead.ask::<S>(span * SPAN_STEPS + step);
-                    let weights = w.map(|w| S::load_u32(w.add(step * LANES)));
-                    for r in 0..R {
-                        let z = S::splat_i32(*x.add(step * R + r) as i32);
-                        for p in 0..P {
-                            dots[r][p] = S::dot2(dots[r][p], weights[p], z);
+                // Written out: the compiler would not unroll so much, and a turn for each step costs
+                // a tenth.
+                macro_rules! steps {
+                    ($($four:literal)*) => {$(
+                        self.ahead.ask_four::<S>(span * SPAN_STEPS + 4 * $four);
+                        for step in 4 * $four..4 * $four + 4 {
+                            let weights = w.map(|w| S::load_u32(w.add(step * LANES)));
+                            for r in 0..R {
+                                let z = S::splat_i32(*x.add(step * R + r) as i32);
+                                for p in 0..P {
+                                    dots[r][p] = S::dot2(dots[r][p], weights[p], z);
+                                }
+                            }
                         }
-                    }
+                    )*};
                 }
+                steps!(0 1 2 3);
                 let scales = blocks.map(|block| {
                     S::load_bf16(block.cast::<u16>().add(span % HALVES_SPANS * LANES))
                 });

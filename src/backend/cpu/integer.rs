@@ -20,13 +20,12 @@
 //! The sums are whole numbers, the same in any order and either way. What is float32 is one chain along
 //! the spans, the same for one row and for many, so here too a row's result does not depend on its batch.
 
+use super::ahead::Ahead;
 use super::format::{CodeLayout, Codes, Packed, QUADS, SPAN, UNIT};
 use super::halves;
 use super::inputs::Normed;
 use super::matrix::with_format;
 use super::simd::{Kernel, LANES, Products, Simd};
-use super::tile::Ahead;
-use std::hint::black_box;
 use std::marker::PhantomData;
 
 /// Words that a quantised span of a row takes: eight quads of high bytes and eight of low ones, or
@@ -36,7 +35,7 @@ pub const SPAN_WORDS: usize = 2 * QUADS + 4;
 pub(super) const SCALE: usize = 2 * QUADS;
 /// scale · Σ z (f32),
 const SCALED_SUM: usize = 2 * QUADS + 1;
-/// and Σ z of the lower and of the upper half of the span (i32).
+/// and Σ z of the lower and of the upper half of the span (i32); of the sums nothing for halves.
 const HALF_SUMS: usize = 2 * QUADS + 2;
 /// The greatest z: its high byte is 127.
 const GREATEST: f32 = 127.0 * 256.0;
@@ -150,8 +149,10 @@ unsafe fn quantise<S: Simd>(x: [S::V; 2], for_halves: bool) -> [u32; SPAN_WORDS]
                 S::store_low_bytes(place.cast(), high);
                 S::store_low_bytes(place.add(QUADS).cast(), z);
             }
-            // Whole numbers below 2^24: exact.
-            sums[half] = S::sum(S::to_f32(z));
+            // Whole numbers below 2^24: exact. Halves have no middle that they are off by.
+            if !for_halves {
+                sums[half] = S::sum(S::to_f32(z));
+            }
         }
         if as_halves && !for_halves {
             // Of four inputs the first and the third, then the second and the fourth: see `quad_halves`.
@@ -444,9 +445,8 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
             scales: SCALES,
             ..self.layout
         };
-        // A number that the compiler does not know: it would unroll all steps of a span, and keep their
-        // operands on the stack.
-        let steps = black_box(wide_codes::<S>() / SCALES);
+        // In fours, each written out.
+        let fours = const { wide_codes::<S>() / SCALES / 4 };
         unsafe {
             let mut acc = [[S::splat(0.0); P]; R];
             if !self.first {
@@ -473,20 +473,26 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                                 dots[r] = dots[r].map(|d| S::add_i32(d, start));
                             }
                         }
-                        for q in part * steps..(part + 1) * steps {
-                            self.ahead.ask::<S>(span * SPAN_STEPS + pass * QUADS + q);
-                            let weights = w.map(|w| S::load_u32(w.add(q * LANES)));
-                            for r in 0..R {
-                                let x = *x.add((pass * QUADS + q) * R + r);
-                                let x = S::splat_i32(x as i32);
-                                for p in 0..P {
-                                    dots[r][p] = match S::PRODUCTS {
-                                        Products::Halves => S::dot2(dots[r][p], weights[p], x),
-                                        _ => S::dot4(dots[r][p], weights[p], x),
-                                    };
+                        macro_rules! fours {
+                            ($($four:literal)*) => {$(if $four < fours {
+                                let first = 4 * (part * fours + $four);
+                                self.ahead.ask_four::<S>(span * SPAN_STEPS + pass * QUADS + first);
+                                for q in first..first + 4 {
+                                    let weights = w.map(|w| S::load_u32(w.add(q * LANES)));
+                                    for r in 0..R {
+                                        let x = *x.add((pass * QUADS + q) * R + r);
+                                        let x = S::splat_i32(x as i32);
+                                        for p in 0..P {
+                                            dots[r][p] = match S::PRODUCTS {
+                                                Products::Halves => S::dot2(dots[r][p], weights[p], x),
+                                                _ => S::dot4(dots[r][p], weights[p], x),
+                                            };
+                                        }
+                                    }
                                 }
-                            }
+                            })*};
                         }
+                        fours!(0 1 2 3);
                     }
                     let scales =
                         w.map(|w| S::load(w.add(wide_scales::<S>() + part * LANES).cast()));

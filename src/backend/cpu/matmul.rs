@@ -10,7 +10,9 @@
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
-use super::format::{F32, Format, Packed, Plain, SPAN, UNIT};
+use super::ahead::{Ahead, place_ahead, shares};
+use super::format::{F32, Packed, Plain, SPAN, UNIT};
+use super::gemv::{GEMV_PANELS, gemv};
 use super::halves;
 use super::inputs::{Form, Inputs};
 use super::integer;
@@ -18,9 +20,8 @@ use super::matrix::{Matrix, Panel, widen, with_format};
 use super::rows::{Rows, SharedRows, Vector};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
-use super::tile::{Ahead, LINE, interleaved_tile};
+use super::tile::interleaved_tile;
 use crate::model::config::Activation;
-use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 /// Inputs widened at a time: 2 panels × 128 × 16 float32 = 16 KiB, half of a first-level cache.
@@ -41,8 +42,6 @@ const AHEAD: usize = 8192;
 const DIRECT_TILES: usize = 4;
 /// Runs between what is multiplied and what is asked for meanwhile.
 const RUNS_AHEAD: usize = 2;
-/// Panels that the one-row kernel reads side by side, to have enough independent sums in flight.
-const GEMV_PANELS: usize = 4;
 
 /// What happens to a result before it is stored.
 #[derive(Clone, Copy)]
@@ -414,41 +413,6 @@ impl Task<'_> {
     }
 }
 
-/// Input `place` of two panels, or where it falls behind them, of the next two; of these again where
-/// there are none.
-#[inline(always)]
-fn place_ahead(
-    panels: [(Packed, *const u8); 2],
-    next: Option<[(Packed, *const u8); 2]>,
-    place: usize,
-    inputs: usize,
-) -> ([(Packed, *const u8); 2], usize) {
-    match place.checked_sub(inputs) {
-        None => (panels, place),
-        Some(behind) => (next.unwrap_or(panels), behind),
-    }
-}
-
-/// One of `shares` of a run of two panels, for a loop of so many steps.
-#[inline(always)]
-fn shares(
-    (panels, run): ([(Packed, *const u8); 2], usize),
-    inputs: usize,
-    steps: usize,
-    (share, shares): (usize, usize),
-) -> Ahead<2> {
-    let bytes = |packed: Packed, inputs| inputs / packed.block_inputs() * packed.block_bytes();
-    let share_bytes = panels.map(|(packed, _)| bytes(packed, inputs).div_ceil(shares));
-    let a_step = share_bytes[0].max(share_bytes[1]).div_ceil(steps);
-    Ahead {
-        start: std::array::from_fn(|p| {
-            let (packed, panel) = panels[p];
-            panel.wrapping_add(bytes(packed, run) + share * share_bytes[p])
-        }),
-        step: a_step.next_power_of_two().min(LINE),
-    }
-}
-
 #[inline(always)]
 unsafe fn store_columns<S: Simd>(place: *mut f32, y: S::V, columns: usize) {
     unsafe {
@@ -484,64 +448,5 @@ unsafe fn activate<S: Simd>(activation: Activation, x: S::V) -> S::V {
                 S::mul(S::mul(S::splat(0.5), x), S::add(one, tanh::<S>(inner)))
             }
         }
-    }
-}
-
-/// One row times [`GEMV_PANELS`] panels of the same format, widened in registers.
-struct Gemv<'a, F> {
-    panels: [*const u8; GEMV_PANELS],
-    x: *const f32,
-    width: usize,
-    sums: &'a mut [[f32; LANES]; GEMV_PANELS],
-    format: PhantomData<F>,
-}
-
-impl<F: Format> Kernel for Gemv<'_, F> {
-    type Output = ();
-    // Counted loops are unrolled early, so that the sums stay in registers.
-    #[allow(clippy::needless_range_loop)]
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        unsafe {
-            let mut acc = [S::splat(0.0); GEMV_PANELS];
-            // A panel is too short a run for the processor to notice it in time: the same place of
-            // the next panels, which follow in memory, is asked for while these are computed.
-            let unit_bytes = F::BLOCK_BYTES / (F::BLOCK_INPUTS / UNIT);
-            let ahead = GEMV_PANELS * self.width.div_ceil(F::BLOCK_INPUTS) * F::BLOCK_BYTES;
-            for block in 0..self.width.div_ceil(F::BLOCK_INPUTS) {
-                for unit in 0..F::BLOCK_INPUTS / UNIT {
-                    let x = self.x.add(block * F::BLOCK_INPUTS + unit * UNIT);
-                    for p in 0..GEMV_PANELS {
-                        let packed = self.panels[p].add(block * F::BLOCK_BYTES);
-                        for line in (0..unit_bytes).step_by(64) {
-                            let here = packed.wrapping_add(unit * unit_bytes + line);
-                            S::prefetch(here.wrapping_add(ahead));
-                        }
-                        let weights = F::unit::<S>(packed, unit);
-                        for i in 0..UNIT {
-                            acc[p] = S::fma(S::splat(*x.add(i)), weights[i], acc[p]);
-                        }
-                    }
-                }
-            }
-            for (sums, acc) in self.sums.iter_mut().zip(acc) {
-                S::store(sums.as_mut_ptr(), acc);
-            }
-        }
-    }
-}
-
-/// [`Gemv`], the format chosen at run time.
-#[inline(always)]
-unsafe fn gemv<S: Simd>(
-    packed: Packed,
-    panels: [*const u8; GEMV_PANELS],
-    x: *const f32,
-    width: usize,
-    sums: &mut [[f32; LANES]; GEMV_PANELS],
-) {
-    // SAFETY: passed on.
-    unsafe {
-        with_format!(packed, F => S::call(Gemv::<F> { panels, x, width, sums, format: PhantomData }))
     }
 }

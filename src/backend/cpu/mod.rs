@@ -1,8 +1,10 @@
 //! The CPU backend: rayon threads, SIMD chosen at run time.
 
+mod ahead;
 pub mod attention;
 mod filter;
 mod format;
+mod gemv;
 mod halves;
 pub mod inputs;
 mod integer;

@@ -3,6 +3,7 @@
 //! `R` rows by `P` vectors of sums stay in registers while the inputs go by; each input costs `P`
 //! loads, `R` broadcasts and `R · P` multiply-adds.
 
+use super::ahead::Ahead;
 use super::format::Plain;
 use super::simd::{Kernel, LANES, Simd};
 use std::marker::PhantomData;
@@ -10,49 +11,6 @@ use std::marker::PhantomData;
 /// Rows for which panels are taken one after the other: one is chains enough, and a single
 /// stream through memory is what the processor follows best.
 const FEW: usize = 1;
-/// Bytes of a cache line.
-pub(super) const LINE: usize = 64;
-
-/// Memory that will be read soon, asked for while a tile is multiplied: nothing is read from memory
-/// then, and the processor does not see what comes next. Asked for all at once, it would wait.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead<const P: usize> {
-    /// Of each panel.
-    pub start: [*const u8; P],
-    /// Bytes for each step of the loop: a power of two, at most a cache line.
-    pub step: usize,
-}
-
-impl<const P: usize> Ahead<P> {
-    /// Nothing, for tiles that do not ask.
-    pub const NOTHING: Ahead<P> = Ahead {
-        start: [std::ptr::null(); P],
-        step: 0,
-    };
-
-    /// # Safety
-    /// As [`Simd`]; any address will do.
-    #[inline(always)]
-    pub unsafe fn ask<S: Simd>(self, step: usize) {
-        let bytes = step * self.step;
-        // Each line once: what waits in the second-level cache would be looked up there again.
-        if bytes.is_multiple_of(LINE) {
-            for start in self.start {
-                unsafe { S::prefetch_far(start.wrapping_add(bytes)) };
-            }
-        }
-    }
-
-    /// That of one panel.
-    #[inline(always)]
-    pub fn of(self, panel: usize) -> Ahead<1> {
-        Ahead {
-            start: [self.start[panel]],
-            step: self.step,
-        }
-    }
-}
-
 /// Products of an interleaved tile `[inputs][rows]` with two panels: `c[row][2][16]`, rows `c_stride`
 /// apart. With `ASK`, `ahead` is asked for on the way, a step an input.
 ///

@@ -1,6 +1,7 @@
 //! Sixteen lanes on x86-64: one AVX-512 register, or two AVX2 registers.
 
 use super::{Kernel, LANES, Products, Simd};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// # Safety
@@ -170,7 +171,7 @@ unsafe impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn dot2(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_dpwssd_epi32(sum, a, b) }
+        unsafe { dpwssd512(sum, a, b) }
     }
     #[inline(always)]
     unsafe fn sum(v: __m512) -> f32 {
@@ -200,6 +201,49 @@ unsafe impl Simd for Avx512 {
         let mask = ((1u32 << high.min(LANES)) - 1) & !((1u32 << low.min(LANES)) - 1);
         unsafe { _mm512_mask_mov_ps(_mm512_set1_ps(other), mask as u16, y) }
     }
+}
+
+// Sums of products of halves by hand. Of the intrinsics the compiler makes trees of additions, to have
+// shorter chains: more sums than there are registers, and two instructions for one.
+
+/// # Safety
+/// As [`run_avx512`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn dpwssd512(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: an instruction that the caller has made sure of, on registers alone.
+    unsafe {
+        asm!("vpdpwssd {}, {}, {}", inout(zmm_reg) sum, in(zmm_reg) a, in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
+
+/// # Safety
+/// As [`run_avx_vnni`].
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+unsafe fn dpwssd256(mut sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    // SAFETY: as above.
+    unsafe {
+        asm!("{{vex}} vpdpwssd {}, {}, {}", inout(ymm_reg) sum, in(ymm_reg) a, in(ymm_reg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
+
+/// # Safety
+/// As [`run_avx2`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn madd_add(mut sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    // SAFETY: as above.
+    unsafe {
+        asm!("vpmaddwd {product}, {}, {}", "vpaddd {sum}, {sum}, {product}",
+            in(ymm_reg) a, in(ymm_reg) b, sum = inout(ymm_reg) sum, product = out(ymm_reg) _,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
 }
 
 #[inline(always)]
@@ -474,16 +518,10 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     unsafe fn dot2(sum: Self::I, a: Self::I, b: Self::I) -> Self::I {
         unsafe {
-            if VNNI {
-                return Pair(
-                    _mm256_dpwssd_avx_epi32(sum.0, a.0, b.0),
-                    _mm256_dpwssd_avx_epi32(sum.1, a.1, b.1),
-                );
+            match VNNI {
+                true => Pair(dpwssd256(sum.0, a.0, b.0), dpwssd256(sum.1, a.1, b.1)),
+                false => Pair(madd_add(sum.0, a.0, b.0), madd_add(sum.1, a.1, b.1)),
             }
-            Pair(
-                _mm256_add_epi32(sum.0, _mm256_madd_epi16(a.0, b.0)),
-                _mm256_add_epi32(sum.1, _mm256_madd_epi16(a.1, b.1)),
-            )
         }
     }
     #[inline(always)]
