@@ -176,6 +176,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// A batch, made ready: positions, pages and angles where the kernels want them.
     type Plan;
 
+    /// Rows of a prompt that go through the model at a time, where a request runs by itself: enough for
+    /// the device to be as fast as with more. Their activations lie beside the weights.
+    const PROMPT_ROWS: usize = 512;
+
     fn name(&self) -> String;
 
     /// Stored matrices with the same inputs, their outputs side by side.

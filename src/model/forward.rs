@@ -247,9 +247,8 @@ impl<B: Backend> Model<B> {
         for (_, rows_of_layer) in wanted {
             backend.resize(rows_of_layer, rows)?;
         }
-        if draws.is_some() {
-            backend.resize(&mut state.logits, logits)?;
-        }
+        // Where nobody draws, the last batch's logits are not to lie beside these activations.
+        backend.resize(&mut state.logits, logits)?;
         Ok(plan)
     }
 

@@ -189,6 +189,8 @@ impl Backend for Cpu {
     type KvCache = KvCache;
     type Plan = Plan;
 
+    const PROMPT_ROWS: usize = 256;
+
     fn name(&self) -> String {
         let threads = self.threads();
         format!(

@@ -194,9 +194,9 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// The prompt, in batches of 512 tokens as the engine has it.
+    /// The prompt, in batches as large as the engine has them.
     fn prefill(&self, state: &mut State<Cpu>) -> Result<Pass, CliError> {
-        const CHUNK: usize = 512;
+        const CHUNK: usize = Cpu::PROMPT_ROWS;
         let depth = self.all_layers();
         let vocab_size = self.model.config.vocab_size;
         let tokens: Vec<u32> = (0..self.options.prompt_tokens)
