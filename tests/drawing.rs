@@ -100,6 +100,26 @@ fn tokens_do_not_depend_on_how_many_logits_are_there_at_a_time() {
 }
 
 #[test]
+fn logits_of_many_candidates_are_never_there_together() {
+    let (model, params) = (model(), SamplingParams::default());
+    let (backend, batch) = (&model.backend, batch(100));
+    let mut kv = backend.kv_cache(model.kv_shape()).unwrap();
+    for (drawing, at_a_time) in [(1, 1), (48, 48), (49, 25), (100, 34)] {
+        let rows: Vec<u32> = (0..drawing).collect();
+        let draws: Vec<SampleRow> = (0..drawing as usize)
+            .map(|row| draw(&params, row, row))
+            .collect();
+        let wanted = Draws {
+            rows: &rows,
+            draws: &draws,
+            vocab_size: model.config.vocab_size,
+        };
+        let plan = backend.plan(&batch, Some(&wanted), &[], &mut kv).unwrap();
+        assert_eq!(backend.planned_rows(&plan).logits, at_a_time, "{drawing}");
+    }
+}
+
+#[test]
 fn logits_that_cannot_be_drawn_from_are_named_by_their_row_and_end_no_other_draw() {
     let (model, params) = (model(), SamplingParams::default());
     let rows: Vec<u32> = (0..100).collect();

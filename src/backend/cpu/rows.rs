@@ -283,6 +283,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_kept_for_long_has_memory_of_its_own() {
+        // The last is too large to share pages, and nobody touches more than its ends.
+        for bytes in [1, 64, 65, 3 << 20, SLAB_BYTES + 1] {
+            let mut both = [Aligned::kept(bytes), Aligned::kept(bytes)];
+            for memory in &mut both {
+                assert_eq!((memory.as_ptr() as usize) % 64, 0);
+                let memory = memory.bytes_mut();
+                assert_eq!((memory[0], memory[bytes - 1]), (0, 0), "zeroed");
+                memory[0] = 1;
+                memory[bytes - 1] = 1;
+            }
+        }
+    }
+
+    #[test]
     fn room_is_kept_unless_it_is_several_times_what_is_needed() {
         const ROW: usize = 64 << 10;
         let mut rows = Rows::new(0, ROW / 4);
