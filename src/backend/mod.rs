@@ -8,7 +8,7 @@ pub mod sampling;
 use crate::model::config::{Activation, Rope};
 use crate::model::tensor::{Dtype, Tensor};
 use crate::ranker::{ExtraInputs, Ranker, RankerError};
-use sampling::{SampleRow, Sampled};
+use sampling::{LogitsError, SampleRow, Sampled};
 use std::sync::Arc;
 
 /// Tokens in a page of the KV cache.
@@ -100,6 +100,14 @@ pub struct Draws<'a> {
     pub vocab_size: usize,
 }
 
+/// A part of a step that draws: what [`Backend::draw`] has computed.
+pub enum Part<'a, B: Backend> {
+    /// The layers, of all rows.
+    Layers,
+    /// The logits of some rows, once the layers are done.
+    Logits(LogitRows<'a, B::Plan>, &'a mut B::Rows),
+}
+
 /// Rows whose logits are computed.
 pub enum LogitRows<'a, P> {
     /// Those of a plan's draws.
@@ -112,7 +120,7 @@ pub enum LogitRows<'a, P> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlannedRows {
     pub rows: usize,
-    /// Of logits.
+    /// Of logits, those that are there at a time.
     pub logits: usize,
 }
 
@@ -167,6 +175,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type KvCache: Send + Sync;
     /// A batch, made ready: positions, pages and angles where the kernels want them.
     type Plan;
+
+    /// Rows of a prompt that go through the model at a time, where a request runs by itself: enough for
+    /// the device to be as fast as with more. Their activations lie beside the weights.
+    const PROMPT_ROWS: usize = 512;
 
     fn name(&self) -> String;
 
@@ -298,20 +310,19 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn sample(&self, logits: &Self::Rows, rows: &[SampleRow])
     -> Result<Vec<Sampled>, BackendError>;
 
-    /// Computes the logits of a plan's draws, and draws. A device may do what it recorded of an earlier
-    /// step instead of asking `compute` for its operations: where the two plans and `what` are alike,
-    /// these differ in nothing but what the plans hold.
+    /// Computes the layers and the logits of a plan's draws, and draws; `logits` has the rows that
+    /// [`planned_rows`](Backend::planned_rows) says. Logits that no token can be drawn from are their
+    /// draw's alone. A device may do what it recorded of an earlier step instead of asking `compute` for
+    /// its operations: where the two plans and `what` are alike, these differ in nothing but what the
+    /// plans hold.
     fn draw(
         &self,
-        _plan: &Self::Plan,
-        _what: &[usize],
+        plan: &Self::Plan,
+        what: &[usize],
         draws: &[SampleRow],
         logits: &mut Self::Rows,
-        compute: &mut dyn FnMut(&mut Self::Rows),
-    ) -> Result<Vec<Sampled>, BackendError> {
-        compute(logits);
-        self.sample(logits, draws)
-    }
+        compute: &mut dyn FnMut(Part<Self>),
+    ) -> Result<Vec<Result<Sampled, LogitsError>>, BackendError>;
 
     /// Ranks groups of candidates, each by its ranker; a group that cannot be ranked does not end the
     /// others. Unless a device can do it where the states are, they are brought to the host.

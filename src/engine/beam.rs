@@ -9,9 +9,7 @@ use super::generate::Written;
 use super::scheduler::Sequence;
 use super::stop::StopConditions;
 use super::writing::{Features, Writing};
-use super::{
-    Engine, EngineError, Event, GenerateRequest, Generated, Observer, PREFILL_CHUNK, Timings,
-};
+use super::{Engine, EngineError, Event, GenerateRequest, Generated, Observer, Timings};
 use crate::backend::sampling::{SampleRow, Sampled, SamplingParams};
 use crate::backend::{Backend, Batch, Group};
 use crate::model::forward::Depth;
@@ -98,7 +96,7 @@ impl<B: Backend> Engine<B> {
             capture: &run.features.layers,
         };
         let mut last_row = 0;
-        for chunk in prompt.chunks(PREFILL_CHUNK) {
+        for chunk in prompt.chunks(B::PROMPT_ROWS) {
             let segment = run.prefix.extend(self.scheduler.pages_mut(), chunk.len())?;
             let group = Group {
                 segments: vec![segment],

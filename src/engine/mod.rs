@@ -40,9 +40,6 @@ use step::Job;
 /// Most candidates of a request: what a ranker is built for, and far beyond what pays.
 pub const MAX_CANDIDATES: usize = 1024;
 
-/// Prompt tokens that go through the model at a time, where a request runs by itself.
-const PREFILL_CHUNK: usize = 512;
-
 /// A model ready to serve requests, many at a time.
 ///
 /// [`submit`](Engine::submit) and [`submit_score`](Engine::submit_score) put requests in a queue,
@@ -93,10 +90,14 @@ impl<B: Backend> Engine<B> {
     /// An engine for token ids alone: candidates have no text, and stop strings end nothing.
     pub fn without_text(model: Model<B>) -> Result<Engine<B>, BackendError> {
         let state = model.state()?;
+        let limits = Limits {
+            step_rows: B::PROMPT_ROWS,
+            ..Limits::default()
+        };
         Ok(Engine {
             model,
             state,
-            scheduler: Scheduler::new(Limits::default()),
+            scheduler: Scheduler::new(limits),
             tokenizer: None,
             jobs: BTreeMap::new(),
             next_group: 0,

@@ -170,8 +170,8 @@ impl<B: Backend> Engine<B> {
         read
     }
 
-    /// Runs the batch through the model. Gives a token for each draw, and the groups for which there is
-    /// none (their draws get an empty place).
+    /// Runs the batch through the model. Gives a token for each draw, and for those for which there is
+    /// none (their places are empty) the groups, which cannot go on.
     #[allow(clippy::type_complexity)]
     fn forward(
         &mut self,
@@ -214,30 +214,20 @@ impl<B: Backend> Engine<B> {
             draws: &rows,
             vocab_size: self.model.config.vocab_size,
         };
-        let (model, state) = (&self.model, &mut self.state);
-        match model.forward_and_draw(state, batch, depth, &wanted) {
-            Ok(sampled) => Ok((sampled.into_iter().map(Some).collect(), Vec::new())),
-            Err(BackendError::Logits(_)) => {
-                // One group's logits are not to end the others.
-                let (mut sampled, mut failed) = (Vec::new(), Vec::new());
-                let groups = draws.chunk_by(|a, b| a.group == b.group);
-                let mut start = 0;
-                for of_group in groups {
-                    let end = start + of_group.len();
-                    match model.backend.sample(state.logits(), &rows[start..end]) {
-                        Ok(drawn) => sampled.extend(drawn.into_iter().map(Some)),
-                        Err(error @ BackendError::Logits(_)) => {
-                            sampled.extend(of_group.iter().map(|_| None));
-                            failed.push((of_group[0].group, error));
-                        }
-                        Err(error) => return Err(error),
-                    }
-                    start = end;
+        let drawn = self
+            .model
+            .forward_and_draw(&mut self.state, batch, depth, &wanted)?;
+        let (mut sampled, mut failed) = (Vec::with_capacity(drawn.len()), Vec::new());
+        for (draw, drawn) in draws.iter().zip(drawn) {
+            match drawn {
+                Ok(drawn) => sampled.push(Some(drawn)),
+                Err(error) => {
+                    sampled.push(None);
+                    failed.push((draw.group, error.into()));
                 }
-                Ok((sampled, failed))
             }
-            Err(error) => Err(error),
         }
+        Ok((sampled, failed))
     }
 
     /// What comes of a task's rows: features, tokens, texts.

@@ -3,12 +3,10 @@
 
 use super::scheduler::Limits;
 use super::select::Strategy;
-use super::{
-    Candidate, Engine, EngineError, Event, GenerateRequest, Generated, PREFILL_CHUNK, ScoreRequest,
-};
-use crate::backend::PAGE_LEN;
+use super::{Candidate, Engine, EngineError, Event, GenerateRequest, Generated, ScoreRequest};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
+use crate::backend::{Backend, PAGE_LEN};
 use crate::model::files::ModelFiles;
 use crate::model::forward::Model;
 use std::ops::ControlFlow::{self, Break, Continue};
@@ -22,7 +20,7 @@ fn engine() -> Engine<Cpu> {
     let files = ModelFiles::open(&path).unwrap();
     let cpu = Cpu::new(1, Isa::best()).unwrap();
     let mut model = Model::load(cpu, &files, &mut |_| {}).unwrap();
-    model.config.max_position_embeddings = 4 * PREFILL_CHUNK;
+    model.config.max_position_embeddings = 4 * Cpu::PROMPT_ROWS;
     Engine::without_text(model).unwrap()
 }
 
@@ -76,7 +74,7 @@ fn assert_same(ours: &Generated, expected: &Generated) {
 fn an_observer_that_breaks_off_prefill_gets_an_error_and_leaves_nothing_behind() {
     let mut engine = engine();
     for strategy in STRATEGIES {
-        let request = request(strategy, 2 * PREFILL_CHUNK + 100);
+        let request = request(strategy, 2 * Cpu::PROMPT_ROWS + 100);
         let expected = complete(&mut engine, &request);
         assert_eq!(engine.load().used_pages, 0);
         for chunk in 0..3 {
@@ -98,7 +96,7 @@ fn an_observer_that_breaks_off_prefill_gets_an_error_and_leaves_nothing_behind()
                 "{interrupted}"
             );
             let total = request.prompt_token_ids.len();
-            let done = |chunk: usize| (total.min((chunk + 1) * PREFILL_CHUNK), total);
+            let done = |chunk: usize| (total.min((chunk + 1) * Cpu::PROMPT_ROWS), total);
             assert_eq!(heard, (0..=chunk).map(done).collect::<Vec<_>>());
             assert_eq!(engine.load().used_pages, 0, "{strategy:?}, chunk {chunk}");
             assert_same(&complete(&mut engine, &request), &expected);

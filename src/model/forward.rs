@@ -9,9 +9,10 @@ use super::config::ModelConfig;
 use super::error::ModelError;
 use super::files::ModelFiles;
 use super::tensor::{Dtype, Tensor, check_finite};
-use crate::backend::sampling::Sampled;
+use crate::backend::sampling::{LogitsError, Sampled};
 use crate::backend::{
-    Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PageId, PlannedRows,
+    Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PageId, Part,
+    PlannedRows,
 };
 use crate::model::config::Rope;
 
@@ -183,15 +184,14 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    /// Runs a batch through all layers and draws tokens from it; the logits of `draws.rows` stay in
-    /// `state` too.
+    /// Runs a batch through all layers and draws tokens from it.
     pub fn forward_and_draw(
         &self,
         state: &mut State<B>,
         batch: &Batch,
         depth: Depth,
         draws: &Draws,
-    ) -> Result<Vec<Sampled>, BackendError> {
+    ) -> Result<Vec<Result<Sampled, LogitsError>>, BackendError> {
         let plan = self.plan(state, batch, Some(draws), depth)?;
         let State {
             kv,
@@ -203,9 +203,9 @@ impl<B: Backend> Model<B> {
             .chain(depth.capture)
             .copied()
             .collect();
-        let mut compute = |logits: &mut B::Rows| {
-            self.layers(&plan, kv, activations, depth);
-            self.lm_head(&activations.residual, LogitRows::Drawn(&plan), logits);
+        let mut compute = |part: Part<B>| match part {
+            Part::Layers => self.layers(&plan, kv, activations, depth),
+            Part::Logits(rows, out) => self.lm_head(&activations.residual, rows, out),
         };
         self.backend
             .draw(&plan, &what, draws.draws, logits, &mut compute)
@@ -247,9 +247,8 @@ impl<B: Backend> Model<B> {
         for (_, rows_of_layer) in wanted {
             backend.resize(rows_of_layer, rows)?;
         }
-        if draws.is_some() {
-            backend.resize(&mut state.logits, logits)?;
-        }
+        // Where nobody draws, the last batch's logits are not to lie beside these activations.
+        backend.resize(&mut state.logits, logits)?;
         Ok(plan)
     }
 
@@ -378,11 +377,6 @@ impl<B: Backend> State<B> {
     /// Bytes that the pages of the KV cache take now.
     pub fn kv_bytes(&self, backend: &B) -> usize {
         backend.kv_bytes(&self.kv)
-    }
-
-    /// The logits of the last batch's draws.
-    pub fn logits(&self) -> &B::Rows {
-        &self.logits
     }
 
     /// Makes page `to` a copy of page `from`, in every layer.

@@ -2,7 +2,7 @@
 //!
 //! A page holds, for every layer and kv head, keys as `[head_dim][16 tokens]` (a vector is one
 //! coordinate of sixteen keys) and values as `[head_dim / 16][16 tokens][16]` (a vector is sixteen
-//! coordinates of one value), in float32. Sixteen pages are a slab, in which what a head has of one
+//! coordinates of one value), in float32. Eight pages are a slab, in which what a head has of one
 //! page lies beside what it has of the next: a prefix is read as long runs, not in pieces that the
 //! processor would have to be told of.
 
@@ -18,8 +18,8 @@ pub struct KvCache {
     slabs: Vec<Aligned>,
 }
 
-/// Pages of a slab.
-const SLAB_PAGES: usize = 16;
+/// Pages of a slab: enough for long runs; what the last slab has too many is memory for nothing.
+const SLAB_PAGES: usize = 8;
 
 impl KvCache {
     pub fn new(shape: KvShape) -> KvCache {

@@ -24,10 +24,10 @@ pub mod spent;
 pub mod team;
 mod tile;
 
-use super::sampling::{SampleRow, Sampled};
+use super::sampling::{LogitsError, SampleRow, Sampled};
 use super::{
     Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PAGE_LEN, PageId,
-    PlannedRows,
+    Part, PlannedRows,
 };
 use crate::model::config::{Activation, Rope};
 use crate::model::tensor::Tensor;
@@ -55,6 +55,11 @@ pub struct Cpu {
     attention_time: Stopwatch,
 }
 
+/// Most rows of logits that are there at a time: those of a hundred candidates weigh as much as a
+/// tenth of a small model. Few enough to be sampled while they are in the cache, and whole tiles of
+/// every height, enough of them for the LM head to be bound by multiply-adds.
+const LOGIT_ROWS: usize = 48;
+
 /// A batch with its positions worked out.
 pub struct Plan {
     batch: Batch,
@@ -64,6 +69,14 @@ pub struct Plan {
     attention: attention::Plan,
     /// Rows whose logits are drawn from.
     drawn_from: Vec<u32>,
+}
+
+impl Plan {
+    /// Rows of logits of a step's slices, all of about the same height.
+    fn logits_at_a_time(&self) -> usize {
+        let rows = self.drawn_from.len();
+        rows.div_ceil(rows.div_ceil(LOGIT_ROWS).max(1))
+    }
 }
 
 impl Cpu {
@@ -137,6 +150,18 @@ impl Cpu {
         results.flatten().collect()
     }
 
+    /// Draws a token for each entry from its row, of which the logits are the `first` and those behind.
+    fn draw_from(
+        &self,
+        logits: &Rows,
+        first: usize,
+        draws: &[SampleRow],
+    ) -> Vec<Result<Sampled, LogitsError>> {
+        self.map_rows(draws.len(), |i| {
+            sample::sample(logits.row(draws[i].row - first), &draws[i])
+        })
+    }
+
     /// `out = epilogue(inputs · weightᵀ + bias)`; inputs are rows, which of them (all, where `None`),
     /// and a norm.
     fn product(
@@ -169,6 +194,8 @@ impl Backend for Cpu {
     type Rows = Rows;
     type KvCache = KvCache;
     type Plan = Plan;
+
+    const PROMPT_ROWS: usize = 256;
 
     fn name(&self) -> String {
         let threads = self.threads();
@@ -290,7 +317,7 @@ impl Backend for Cpu {
     fn planned_rows(&self, plan: &Plan) -> PlannedRows {
         PlannedRows {
             rows: plan.batch.tokens.len(),
-            logits: plan.drawn_from.len(),
+            logits: plan.logits_at_a_time(),
         }
     }
 
@@ -435,10 +462,28 @@ impl Backend for Cpu {
     }
 
     fn sample(&self, logits: &Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>, BackendError> {
-        let drawn = self.map_rows(rows.len(), |i| {
-            sample::sample(logits.row(rows[i].row), &rows[i])
-        });
+        let drawn = self.draw_from(logits, 0, rows);
         Ok(drawn.into_iter().collect::<Result<_, _>>()?)
+    }
+
+    fn draw(
+        &self,
+        plan: &Plan,
+        _what: &[usize],
+        draws: &[SampleRow],
+        logits: &mut Rows,
+        compute: &mut dyn FnMut(Part<Cpu>),
+    ) -> Result<Vec<Result<Sampled, LogitsError>>, BackendError> {
+        compute(Part::Layers);
+        let (rows, most) = (&plan.drawn_from, plan.logits_at_a_time());
+        let mut drawn = Vec::with_capacity(draws.len());
+        for draws in draws.chunk_by(|a, b| a.row / most == b.row / most) {
+            let first = draws[0].row / most * most;
+            let these = &rows[first..rows.len().min(first + most)];
+            compute(Part::Logits(LogitRows::These(these), logits));
+            drawn.extend(self.draw_from(logits, first, draws));
+        }
+        Ok(drawn)
     }
 
     fn token_logprobs(&self, logits: &Rows, tokens: &[u32]) -> Result<Vec<f32>, BackendError> {

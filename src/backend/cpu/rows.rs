@@ -1,7 +1,7 @@
 //! Activations: float32 rows, aligned and padded.
 
 use super::simd::LANES;
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapOptions};
 use std::sync::{Arc, Mutex, Weak};
 
 /// Memory that starts on a cache line.
@@ -25,11 +25,9 @@ struct Line([u8; 64]);
 
 /// From here on memory comes as pages, and goes back to the operating system when it is dropped.
 const PAGES_FROM: usize = 1 << 20;
-/// What is kept for long and smaller than this shares huge pages.
-const PIECES_BELOW: usize = 8 << 20;
 /// Rows give memory back that is for so many times as many rows. Taking it again costs a hundredth of
 /// the prefill that needs it.
-pub(super) const SPARE_TIMES: usize = 4;
+pub(super) const SPARE_TIMES: usize = 2;
 
 impl Aligned {
     /// `bytes` zeroed bytes.
@@ -41,11 +39,10 @@ impl Aligned {
         Aligned { memory, bytes }
     }
 
-    /// The same for what is kept as long as a model: what is too small for huge pages of its own
-    /// shares them, and its memory comes back when the last of those beside it is gone.
+    /// The same for what is kept as long as a model: it shares its first and last huge page with what
+    /// lies beside it, and its memory comes back when the last of those is gone.
     pub fn kept(bytes: usize) -> Aligned {
-        let piece = (bytes < PIECES_BELOW).then(|| Piece::new(bytes)).flatten();
-        match piece.map(Memory::Piece) {
+        match Piece::new(bytes).map(Memory::Piece) {
             Some(memory) => Aligned { memory, bytes },
             None => Aligned::zeroed(bytes),
         }
@@ -111,7 +108,9 @@ impl Aligned {
 }
 
 fn huge_pages(bytes: usize) -> Option<MmapMut> {
-    let pages = MmapMut::map_anon(bytes).ok()?;
+    // Nothing is set aside for pages that nobody may ever touch.
+    let mut options = MmapOptions::new();
+    let pages = options.len(bytes).no_reserve_swap().map_anon().ok()?;
     // Advice: where it is not taken, pages are small.
     #[cfg(target_os = "linux")]
     let _ = pages.advise(memmap2::Advice::HugePage);
@@ -138,13 +137,18 @@ struct Slab {
 unsafe impl Send for Slab {}
 unsafe impl Sync for Slab {}
 
-const SLAB_BYTES: usize = 32 << 20;
+/// Addresses, not memory: that comes as pieces are touched. A piece of another slab would leave the
+/// rest of a huge page unused.
+const SLAB_BYTES: usize = 1 << 30;
 /// The slab that pieces are cut from, and how much of it is taken.
 static OPEN_SLAB: Mutex<(Weak<Slab>, usize)> = Mutex::new((Weak::new(), 0));
 
 impl Piece {
-    /// Of at most [`SLAB_BYTES`]; none where there is no memory.
+    /// None where it is larger than a slab, or there are no addresses for one.
     fn new(bytes: usize) -> Option<Piece> {
+        if bytes > SLAB_BYTES {
+            return None;
+        }
         let mut open = OPEN_SLAB
             .lock()
             .unwrap_or_else(|broken| broken.into_inner());
@@ -279,10 +283,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_kept_for_long_has_memory_of_its_own() {
+        // The last is too large to share pages, and nobody touches more than its ends.
+        for bytes in [1, 64, 65, 3 << 20, SLAB_BYTES + 1] {
+            let mut both = [Aligned::kept(bytes), Aligned::kept(bytes)];
+            for memory in &mut both {
+                assert_eq!((memory.as_ptr() as usize) % 64, 0);
+                let memory = memory.bytes_mut();
+                assert_eq!((memory[0], memory[bytes - 1]), (0, 0), "zeroed");
+                memory[0] = 1;
+                memory[bytes - 1] = 1;
+            }
+        }
+    }
+
+    #[test]
     fn room_is_kept_unless_it_is_several_times_what_is_needed() {
         const ROW: usize = 64 << 10;
         let mut rows = Rows::new(0, ROW / 4);
-        for (needed, room) in [(64, 64), (16, 64), (8, 8), (1, 8), (32, 32), (0, 0)] {
+        for (needed, room) in [
+            (64, 64),
+            (32, 64),
+            (31, 31),
+            (16, 31),
+            (15, 15),
+            (32, 32),
+            (0, 0),
+        ] {
             rows.resize(needed);
             assert_eq!(rows.data.len(), room * ROW, "for {needed} rows");
             rows.data.bytes_mut().fill(1);

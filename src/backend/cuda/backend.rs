@@ -18,10 +18,10 @@ use super::sample::{self, sample};
 use super::step_memory::{Growing, Layout};
 use super::token_logprobs::token_logprobs;
 use super::weights::Form;
-use crate::backend::sampling::{SampleRow, Sampled};
+use crate::backend::sampling::{LogitsError, SampleRow, Sampled};
 use crate::backend::{
-    Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PageId, PlannedRows,
-    Ranked, Ranking,
+    Attention, Backend, BackendError, Batch, Draws, KvShape, LogitRows, Norm, PageId, Part,
+    PlannedRows, Ranked, Ranking,
 };
 use crate::model::config::{Activation, Rope};
 use crate::model::tensor::{Dtype, Tensor};
@@ -553,15 +553,16 @@ impl Backend for Cuda {
         what: &[usize],
         draws: &[SampleRow],
         logits: &mut Rows,
-        compute: &mut dyn FnMut(&mut Rows),
-    ) -> Result<Vec<Sampled>, BackendError> {
+        compute: &mut dyn FnMut(Part<Cuda>),
+    ) -> Result<Vec<Result<Sampled, LogitsError>>, BackendError> {
         let Some(planned) = &plan.draws else {
-            compute(logits);
-            return self.sample(logits, draws);
+            compute(Part::Layers);
+            return Ok(Vec::new());
         };
         let vocab_size = logits.width;
         let mut step = || {
-            compute(logits);
+            compute(Part::Layers);
+            compute(Part::Logits(LogitRows::Drawn(plan), logits));
             self.run(|| {
                 let device = &*self.device;
                 sample::launch(device, &logits.buffer, vocab_size, &planned.on_device)
@@ -586,7 +587,13 @@ impl Backend for Cuda {
         let DrawPlan {
             on_device, on_host, ..
         } = planned;
-        sample::read(&*self.device, vocab_size, on_device, on_host, draws)
+        Ok(sample::read(
+            &*self.device,
+            vocab_size,
+            on_device,
+            on_host,
+            draws,
+        )?)
     }
 
     fn sample(&self, logits: &Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>, BackendError> {

@@ -262,7 +262,8 @@ pub fn sample(
     let at = (packed.at(sent.address()), sent.address());
     let planned = draws.plan(device, &layout, &mut memory, at, vocab_size)?;
     launch(&**device, logits, vocab_size, &planned)?;
-    read(&**device, vocab_size, &planned, &draws, rows)
+    let sampled = read(&**device, vocab_size, &planned, &draws, rows)?;
+    Ok(sampled.into_iter().collect::<Result<_, _>>()?)
 }
 
 /// Launches planned draws.
@@ -290,14 +291,14 @@ pub fn launch(
     unsafe { device.launch("sample", launch, &mut arguments) }
 }
 
-/// What was drawn for `rows`, of which `draws` were made.
+/// What was drawn for each of `rows`, of which `draws` were made.
 pub fn read(
     device: &dyn Device,
     vocab_size: usize,
     planned: &PlannedDraws,
     draws: &Draws,
     rows: &[SampleRow],
-) -> Result<Vec<Sampled>, BackendError> {
+) -> Result<Vec<Result<Sampled, LogitsError>>, DeviceError> {
     let drawn = planned.out.read(device, rows.len())?;
     // A draw that was refused has reported nothing, and nobody reads its place.
     let tops = planned.tops.read(device, draws.tops as usize)?;
@@ -332,7 +333,7 @@ pub fn read(
                 .collect(),
         })
     });
-    Ok(sampled.collect::<Result<_, _>>()?)
+    Ok(sampled.collect())
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use crate::backend::cpu::limits;
 use crate::backend::cpu::spent::Spent;
 use crate::backend::random::uniform;
 use crate::backend::sampling::{SampleRow, SamplingParams};
-use crate::backend::{Backend, Batch, Group, PAGE_LEN, PageId, Segment};
+use crate::backend::{Backend, BackendError, Batch, Draws, Group, PAGE_LEN, PageId, Segment};
 use crate::engine::MAX_CANDIDATES;
 use crate::model::forward::{Depth, Model, State};
 use crate::ranker::{
@@ -194,9 +194,9 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// The prompt, in batches of 512 tokens as the engine has it.
+    /// The prompt, in batches as large as the engine has them.
     fn prefill(&self, state: &mut State<Cpu>) -> Result<Pass, CliError> {
-        const CHUNK: usize = 512;
+        const CHUNK: usize = Cpu::PROMPT_ROWS;
         let depth = self.all_layers();
         let vocab_size = self.model.config.vocab_size;
         let tokens: Vec<u32> = (0..self.options.prompt_tokens)
@@ -253,14 +253,10 @@ impl Bench<'_> {
                 prefix_len: self.options.prompt_tokens,
                 segments: segments.collect(),
             };
-            self.model.forward(
-                state,
-                &Batch {
-                    tokens: tokens.clone(),
-                    groups: vec![group],
-                },
-                depth,
-            )?;
+            let batch = Batch {
+                tokens,
+                groups: vec![group],
+            };
             let draws: Vec<SampleRow> = (0..n)
                 .map(|row| SampleRow {
                     row,
@@ -274,9 +270,17 @@ impl Bench<'_> {
                     top_logprobs: 0,
                 })
                 .collect();
-            let logits = self.model.logits(state, &rows)?;
-            let drawn = self.model.backend.sample(logits, &draws)?;
-            tokens = drawn.into_iter().map(|sampled| sampled.token).collect();
+            let wanted = Draws {
+                rows: &rows,
+                draws: &draws,
+                vocab_size: self.model.config.vocab_size,
+            };
+            let drawn = self.model.forward_and_draw(state, &batch, depth, &wanted)?;
+            tokens = drawn
+                .into_iter()
+                .map(|sampled| sampled.map(|sampled| sampled.token))
+                .collect::<Result<_, _>>()
+                .map_err(BackendError::Logits)?;
         }
         Ok(self.passes(started, steps))
     }

@@ -49,13 +49,16 @@ pub struct Limits {
     pub candidates: usize,
 }
 
+/// What a prompt's chunk and the candidates beside it share, unless told otherwise.
+const STEP_ROWS: usize = 512;
+
 impl Default for Limits {
     /// One request at a time, with as much memory as it takes.
     fn default() -> Limits {
         Limits {
             pages: usize::MAX,
             cached_pages: 0,
-            step_rows: super::PREFILL_CHUNK,
+            step_rows: STEP_ROWS,
             candidates: super::MAX_CANDIDATES,
         }
     }
