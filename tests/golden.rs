@@ -236,6 +236,38 @@ fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
         .collect()
 }
 
+/// What a user gets, products in whole numbers where the processor has fast ones: weights and
+/// activations are off by up to 2^-15 of the greatest of 32, so a product by about 1e-4 of its size,
+/// the sum of a few such products in a row by 3e-4, and the worst of some thousand numbers by 1e-3. A
+/// wrong scale, pair or sign is off by 1e-2 and more; so would eight bits be.
+fn whole_numbers(name: &str) {
+    const TOLERANCE: f64 = 2e-3;
+    let golden = Golden::read(name);
+    let mut engine = fast_engine(&model_path(name), 2);
+    for candidate in &golden.candidates {
+        let scored = engine
+            .score(&request(&golden.prompt, &[candidate], &golden.layers))
+            .unwrap();
+        let rows = scored.candidate_features[0].iter().zip(&candidate.features);
+        let logprobs = candidate.logprobs.as_ref().unwrap();
+        let rows = rows.chain([(&scored.token_logprobs[0], logprobs)]);
+        for (index, (ours, theirs)) in rows.enumerate() {
+            assert_eq!(ours.len(), theirs.len());
+            let largest = theirs
+                .iter()
+                .fold(1.0f64, |most, x| most.max(f64::from(x.abs())));
+            for (ours, theirs) in ours.iter().zip(theirs) {
+                let off = f64::from(ours - theirs).abs() / largest;
+                assert!(
+                    off < TOLERANCE,
+                    "{} {index}: {ours}, not {theirs}",
+                    candidate.name
+                );
+            }
+        }
+    }
+}
+
 /// What a candidate gets is the same bit for bit whoever shares its batch: it alone, all at once, in
 /// another order, in a batch of 7 and of 64, on one thread and on two; and its features do not depend
 /// on whether the layers above are run.
@@ -406,6 +438,10 @@ macro_rules! models {
             #[test]
             fn extreme_prompts() {
                 super::extreme_prompts($name);
+            }
+            #[test]
+            fn whole_numbers() {
+                super::whole_numbers($name);
             }
             #[test]
             fn batching() {

@@ -51,8 +51,9 @@ pub struct GlobalOptions {
     )]
     pub threads: Option<usize>,
 
-    /// Compute products of quantised weights in float32; else activations are rounded to 16 bits
-    /// for them where the processor multiplies integers fast
+    /// Compute products in float32, weights as they are stored; else, where the processor multiplies
+    /// integers fast, activations are rounded to 16 bits, and weights of 16 bits to 15 bits of the
+    /// greatest of 32
     #[arg(long, global = true, help_heading = "Global options")]
     pub exact: bool,
 
