@@ -16,10 +16,10 @@ use super::matmul::tanh;
 use super::rows::{Aligned, Rows, SharedRows};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
-use super::tile::{RegisterTile, interleaved_tile};
+use super::tile::interleaved_tile;
+use super::value_tile::value_tile;
 use crate::backend::{Batch, PAGE_LEN, PageId};
 use std::cell::RefCell;
-use std::marker::PhantomData;
 
 /// Keys between two updates of the running maximum.
 const BLOCK: usize = 64;
@@ -230,6 +230,7 @@ impl Kernel for Task<'_> {
                             .map_or(0, |window| (position(first + i) + 1).saturating_sub(window));
                         (low, group.prefix_len)
                     };
+                    let share = (first / S::TILE_ROWS, queries.div_ceil(S::TILE_ROWS));
                     attend::<S>(
                         shape,
                         first,
@@ -239,6 +240,7 @@ impl Kernel for Task<'_> {
                         &group.prefix,
                         block,
                         end,
+                        share,
                         &mut state,
                     );
                 }
@@ -260,7 +262,16 @@ impl Kernel for Task<'_> {
                     for block in (0..seen).step_by(BLOCK) {
                         let end = seen.min(block + BLOCK);
                         attend::<S>(
-                            shape, first, rows, span, keys, pages, block, end, &mut state,
+                            shape,
+                            first,
+                            rows,
+                            span,
+                            keys,
+                            pages,
+                            block,
+                            end,
+                            (0, 1),
+                            &mut state,
                         );
                     }
                 }
@@ -308,7 +319,9 @@ fn interleave<'q>(
 }
 
 /// Takes the keys `block..end` of `pages` into the softmax of the queries `first .. first + rows`,
-/// which [`interleave`] has laid out, and of which query i sees the keys `span(i)`.
+/// which [`interleave`] has laid out, and of which query i sees the keys `span(i)`. Asks for `share`
+/// (which one, of how many) of the next block's keys and values meanwhile: for a few queries the time is
+/// all in waiting for memory.
 #[allow(clippy::too_many_arguments)]
 #[inline(always)]
 unsafe fn attend<S: Simd>(
@@ -320,6 +333,7 @@ unsafe fn attend<S: Simd>(
     pages: &[PageId],
     block: usize,
     end: usize,
+    share: (usize, usize),
     state: &mut State,
 ) {
     if (0..rows).all(|i| span(i).1 <= block || span(i).0 >= end) {
@@ -328,11 +342,29 @@ unsafe fn attend<S: Simd>(
     let padded = shape.head_dim.next_multiple_of(LANES);
     let (pages, next) =
         pages[block / PAGE_LEN..].split_at(end.div_ceil(PAGE_LEN) - block / PAGE_LEN);
-    // While one page is computed with, the one that it will be the turn of four pages later is on its
-    // way: for a few queries the time is all in waiting for memory.
-    let fetch = |part: *const f32, numbers: usize| {
-        for line in (0..numbers).step_by(LANES) {
-            unsafe { S::prefetch(part.wrapping_add(line).cast()) };
+    // Of a page keys and values lie side by side.
+    let mut next_pages = [std::ptr::null(); BLOCK / PAGE_LEN];
+    let mut next_lines = 0;
+    let page_lines = (shape.head_dim + padded) * PAGE_LEN / LANES;
+    for (place, &id) in next_pages.iter_mut().zip(next) {
+        *place = keys.kv.keys(id, keys.layer, keys.kv_head);
+        next_lines += page_lines;
+    }
+    let first_line = next_lines * share.0 / share.1;
+    let asked = next_lines * (share.0 + 1) / share.1 - first_line;
+    let turns = pages.len().div_ceil(2) + 1;
+    // One turn's part of it.
+    let ask = |turn: usize| {
+        let mut line = first_line + asked * turn / turns;
+        let end = first_line + asked * (turn + 1) / turns;
+        while line < end {
+            let page = line / page_lines;
+            let until = end.min((page + 1) * page_lines);
+            for line in line - page * page_lines..until - page * page_lines {
+                let line = next_pages[page].wrapping_add(line * LANES);
+                unsafe { S::prefetch(line.cast()) };
+            }
+            line = until;
         }
     };
     unsafe {
@@ -343,17 +375,15 @@ unsafe fn attend<S: Simd>(
                 .keys(pages[page.min(pages.len() - 1)], keys.layer, keys.kv_head)
         };
         for page in (0..pages.len()).step_by(2) {
+            ask(page / 2);
             let two = [k_pages(page), k_pages(page + 1)];
-            for &id in pages[page..].iter().take(2) {
-                let values = keys.kv.values(id, keys.layer, keys.kv_head);
-                fetch(values, padded * PAGE_LEN);
-            }
             let place = scores.add(page * PAGE_LEN);
             let two = two.map(<*const f32>::cast);
             let nothing = Ahead::NOTHING;
             let inputs = shape.head_dim;
             interleaved_tile::<S, F32, false>(rows, tile, two, nothing, inputs, place, BLOCK, true);
         }
+        ask(turns - 1);
         for i in 0..rows {
             let (low, high) = span(i);
             let (low, high) = (
@@ -365,15 +395,12 @@ unsafe fn attend<S: Simd>(
             update::<S>(shape, scores, pages.len(), low, high, index, padded, state);
         }
         let values = state.values.as_mut_ptr().add(first * padded);
-        for (page, &id) in pages.iter().enumerate() {
-            let count = PAGE_LEN.min(end - block - page * PAGE_LEN);
-            if let Some(&next) = next.get(page) {
-                let k = keys.kv.keys(next, keys.layer, keys.kv_head);
-                fetch(k, shape.head_dim * PAGE_LEN);
-            }
-            let v = keys.kv.values(id, keys.layer, keys.kv_head);
-            value_tile::<S>(rows, scores.add(page * PAGE_LEN), v, count, values, padded);
+        let mut v_pages = [std::ptr::null(); BLOCK / PAGE_LEN];
+        for (place, &id) in v_pages.iter_mut().zip(pages) {
+            *place = keys.kv.values(id, keys.layer, keys.kv_head);
         }
+        let v_pages = &v_pages[..pages.len()];
+        value_tile::<S, BLOCK>(rows, scores, v_pages, end - block, values, padded);
     }
 }
 
@@ -436,47 +463,6 @@ unsafe fn update<S: Simd>(
                     S::mul(S::load(values.add(d)), S::splat(keep)),
                 );
             }
-        }
-    }
-}
-
-/// `values[row] += weights[row] · v` for the first `count` tokens of a page.
-#[inline(always)]
-unsafe fn value_tile<S: Simd>(
-    rows: usize,
-    weights: *const f32,
-    v: *const f32,
-    count: usize,
-    values: *mut f32,
-    padded: usize,
-) {
-    const PANEL: usize = PAGE_LEN * LANES;
-    macro_rules! rows {
-        ($panels:literal, $w:expr, $c:expr => $($rows:literal)*) => {
-            match rows {
-                $($rows if const { $rows <= S::TILE_ROWS && $panels <= S::TILE_PANELS } => {
-                    let (w, c) = ($w, $c);
-                    S::call(RegisterTile::<F32, false, $rows, $panels, BLOCK, 1> {
-                        x: weights, w, ahead: Ahead::NOTHING, inputs: count, c,
-                        c_stride: padded, first: false, format: PhantomData,
-                    })
-                })*
-                _ => unreachable!("tiles are at most as tall as the register tile"),
-            }
-        };
-    }
-    unsafe {
-        let panels = padded / LANES;
-        let mut panel = 0;
-        while S::TILE_PANELS == 2 && panel + 2 <= panels {
-            let w = v.add(panel * PANEL);
-            rows!(2, [w.cast(), w.add(PANEL).cast()], values.add(panel * LANES) => 1 2 3 4 5 6 7 8 9 10 11 12);
-            panel += 2;
-        }
-        while panel < panels {
-            let w = v.add(panel * PANEL);
-            rows!(1, [w.cast()], values.add(panel * LANES) => 1 2 3 4 5 6 7 8 9 10 11 12);
-            panel += 1;
         }
     }
 }

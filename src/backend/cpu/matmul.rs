@@ -203,7 +203,7 @@ impl Task<'_> {
             Form::Float => (RUN, [wide, wide.wrapping_add(RUN * LANES)]),
             Form::Quantised => (integer::RUN, [wide, wide.wrapping_add(integer::WIDE_RUN)]),
             // Read where they lie.
-            Form::Halves => (halves::RUN, [wide; 2]),
+            Form::Halves => (halves::run(self.inputs.tiles().len()), [wide; 2]),
         };
         let padded = self.inputs.in_features().next_multiple_of(UNIT);
         let mut tiles = self.inputs.tiles();

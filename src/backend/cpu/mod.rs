@@ -23,6 +23,7 @@ pub mod softmax;
 pub mod spent;
 pub mod team;
 mod tile;
+mod value_tile;
 
 use super::sampling::{LogitsError, SampleRow, Sampled};
 use super::{

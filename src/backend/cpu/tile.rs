@@ -32,13 +32,13 @@ pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const ASK: bool>(
         ($($rows:literal)*) => {
             match rows {
                 $($rows if const { $rows > FEW && $rows <= S::TILE_ROWS && S::TILE_PANELS == 2 } => {
-                    S::call(RegisterTile::<F, ASK, $rows, 2, 1, $rows> {
+                    S::call(RegisterTile::<F, ASK, $rows, 2> {
                         x, w, ahead, inputs, c, c_stride, first, format: PhantomData,
                     })
                 })*
                 $($rows if const { $rows <= S::TILE_ROWS } => for p in 0..2 {
                     let c = c.add(p * LANES);
-                    S::call(RegisterTile::<F, ASK, $rows, 1, 1, $rows> {
+                    S::call(RegisterTile::<F, ASK, $rows, 1> {
                         x, w: [w[p]], ahead: ahead.of(p), inputs, c, c_stride, first, format: PhantomData,
                     });
                 })*
@@ -49,32 +49,25 @@ pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const ASK: bool>(
     unsafe { rows!(1 2 3 4 5 6 7 8 9 10 11 12) }
 }
 
-/// The register tile: `c[r][p] (+)= Σ_k x[r·XR + k·XK] · w[p][k]`, `R` rows by `P` vectors; sets `c`
+/// The register tile: `c[r][p] (+)= Σ_k x[k][r] · w[p][k]`, `R` rows by `P` vectors; sets `c`
 /// where `first`. With `ASK`, `ahead` is asked for, a step an input.
 ///
 /// # Safety
 /// As [`Simd`]; `x`, `w[p]` (`[inputs][16]`, of format `F`) and `c` (`R` rows, `c_stride` apart) must
 /// cover that.
-pub(super) struct RegisterTile<
-    F,
-    const ASK: bool,
-    const R: usize,
-    const P: usize,
-    const XR: usize,
-    const XK: usize,
-> {
-    pub x: *const f32,
-    pub w: [*const u8; P],
-    pub ahead: Ahead<P>,
-    pub inputs: usize,
-    pub c: *mut f32,
-    pub c_stride: usize,
-    pub first: bool,
-    pub format: PhantomData<F>,
+struct RegisterTile<F, const ASK: bool, const R: usize, const P: usize> {
+    x: *const f32,
+    w: [*const u8; P],
+    ahead: Ahead<P>,
+    inputs: usize,
+    c: *mut f32,
+    c_stride: usize,
+    first: bool,
+    format: PhantomData<F>,
 }
 
-impl<F: Plain, const ASK: bool, const R: usize, const P: usize, const XR: usize, const XK: usize>
-    Kernel for RegisterTile<F, ASK, R, P, XR, XK>
+impl<F: Plain, const ASK: bool, const R: usize, const P: usize> Kernel
+    for RegisterTile<F, ASK, R, P>
 {
     type Output = ();
     // Indices name rows and panels of four arrays at once.
@@ -109,7 +102,7 @@ impl<F: Plain, const ASK: bool, const R: usize, const P: usize, const XR: usize,
                     weights[p] = F::input::<S>(w[p].add(k * F::INPUT_BYTES));
                 }
                 for r in 0..R {
-                    let x = S::splat(*x.add(r * XR + k * XK));
+                    let x = S::splat(*x.add(k * R + r));
                     for p in 0..P {
                         acc[r][p] = S::fma(x, weights[p], acc[r][p]);
                     }
