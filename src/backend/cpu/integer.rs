@@ -292,7 +292,8 @@ pub(super) unsafe fn gemv<S: Simd>(
     }
 }
 
-/// Unpacks inputs `first .. first + count` of a panel, whole spans, into `out`, `[spans][wide_span]`.
+/// Unpacks inputs `first .. first + count` of a panel, whole spans, into `out`, `[spans][wide_span]`. Halves
+/// have a sign, so their codes lose their middle here, once for all rows.
 struct Unpack<F> {
     panel: *const u8,
     first: usize,
@@ -319,9 +320,14 @@ impl<F: Codes> Kernel for Unpack<F> {
                         let place = 2 * unit + i;
                         match S::PRODUCTS {
                             Products::Halves => {
-                                let [even, odd] = quad_halves::<S>(quad);
-                                S::store_u32(out.add(2 * place * LANES), even);
-                                S::store_u32(out.add((2 * place + 1) * LANES), odd);
+                                let middle = S::splat_i32(0x0001_0001 * F::LAYOUT.middle());
+                                for (i, half) in quad_halves::<S>(quad).into_iter().enumerate() {
+                                    let code = match F::LAYOUT.minimum {
+                                        true => half,
+                                        false => S::sub_halves(half, middle),
+                                    };
+                                    S::store_u32(out.add((2 * place + i) * LANES), code);
+                                }
                             }
                             _ => S::store_u32(out.add(place * LANES), quad),
                         }
@@ -464,13 +470,10 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                     // The high bytes of the activations, then the low ones; or both at once.
                     let passes = 2 * QUADS / wide_codes::<S>();
                     for pass in 0..passes {
-                        if pass + 1 == passes {
+                        if pass + 1 == passes && !matches!(S::PRODUCTS, Products::Halves) {
                             for r in 0..R {
                                 let start = S::splat_i32(start(x, R, r, part, layout));
-                                if passes > 1 {
-                                    dots[r] = dots[r].map(|d| S::shift_left(d, 8));
-                                }
-                                dots[r] = dots[r].map(|d| S::add_i32(d, start));
+                                dots[r] = dots[r].map(|d| S::add_i32(S::shift_left(d, 8), start));
                             }
                         }
                         macro_rules! fours {

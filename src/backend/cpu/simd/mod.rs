@@ -124,6 +124,23 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
         }
     }
 
+    /// `a - b` in both halves of each lane.
+    #[inline(always)]
+    unsafe fn sub_halves(a: Self::I, b: Self::I) -> Self::I {
+        let mut lanes = [[0u32; LANES]; 2];
+        unsafe {
+            for (lanes, v) in lanes.iter_mut().zip([a, b]) {
+                Self::store_u32(lanes.as_mut_ptr(), v);
+            }
+            let [a, b] = &mut lanes;
+            for (a, b) in a.iter_mut().zip(b) {
+                let half = |shift: u32| (*a >> shift).wrapping_sub(*b >> shift) & 0xffff;
+                *a = half(0) | half(16) << 16;
+            }
+            Self::load_u32(lanes[0].as_ptr())
+        }
+    }
+
     /// Adds the lanes in a fixed tree: lane i with i + 8, then 4, 2, 1 apart.
     #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
@@ -482,15 +499,16 @@ mod tests {
 
     struct Dots<'a>([&'a [u32; LANES]; 3]);
     impl Kernel for Dots<'_> {
-        /// Of bytes, and of halves.
-        type Output = [[u32; LANES]; 2];
+        /// Products of bytes and of halves, and differences of halves.
+        type Output = [[u32; LANES]; 3];
         #[inline(always)]
         unsafe fn run<S: Simd>(self) -> Self::Output {
-            let mut out = [[0; LANES]; 2];
+            let mut out = [[0; LANES]; 3];
             unsafe {
                 let [sum, u, s] = self.0.map(|lanes| S::load_u32(lanes.as_ptr()));
                 S::store_u32(out[0].as_mut_ptr(), S::dot4(sum, u, s));
                 S::store_u32(out[1].as_mut_ptr(), S::dot2(sum, u, s));
+                S::store_u32(out[2].as_mut_ptr(), S::sub_halves(u, s));
             }
             out
         }
@@ -505,7 +523,7 @@ mod tests {
         // The largest products of both signs, which a saturating instruction would cut off.
         (u[0], s[0], u[1], s[1]) = (u32::MAX, 0x7f7f_7f7f, u32::MAX, 0x8080_8080);
         for isa in Isa::available() {
-            let [dots, of_halves] = isa.dispatch(Dots([&sum, &u, &s]));
+            let [dots, of_halves, differences] = isa.dispatch(Dots([&sum, &u, &s]));
             for i in 0..LANES {
                 let products = u[i].to_le_bytes().into_iter().zip(s[i].to_le_bytes());
                 let dot: i32 = products
@@ -517,6 +535,9 @@ mod tests {
                 let dot = product(0).wrapping_add(product(16));
                 let expected = (sum[i] as i32).wrapping_add(dot);
                 assert_eq!(of_halves[i] as i32, expected, "{}", isa.name());
+                let difference = |shift: u32| half(u[i], shift).wrapping_sub(half(s[i], shift));
+                let expected = difference(0) as u16 as u32 | (difference(16) as u32) << 16;
+                assert_eq!(differences[i], expected, "{}", isa.name());
             }
         }
     }

@@ -174,6 +174,10 @@ unsafe impl Simd for Avx512 {
         unsafe { dpwssd512(sum, a, b) }
     }
     #[inline(always)]
+    unsafe fn sub_halves(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_sub_epi16(a, b) }
+    }
+    #[inline(always)]
     unsafe fn sum(v: __m512) -> f32 {
         unsafe {
             let eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
@@ -523,6 +527,10 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
                 false => Pair(madd_add(sum.0, a.0, b.0), madd_add(sum.1, a.1, b.1)),
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn sub_halves(a: Self::I, b: Self::I) -> Self::I {
+        unsafe { both!(_mm256_sub_epi16, a, b) }
     }
     #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
