@@ -18,8 +18,10 @@
 
 use super::ahead::Ahead;
 use super::format::{Format, HALVES_SPANS, Halves, Packed, SPAN, halves_codes};
-use super::integer::{SCALE, SPAN_WORDS};
+use super::integer::{SCALE, SPAN_WORDS, splat};
+use super::integer_tile::{add_four, add_scaled};
 use super::simd::{Kernel, LANES, Simd};
+use super::tile::{load_sums, store_sums};
 use crate::model::tensor::Dtype;
 use half::slice::HalfFloatSliceExt;
 
@@ -134,7 +136,7 @@ impl Kernel for Gemv {
                 }
                 let dot = S::add_i32(S::add_i32(dots[0], dots[1]), S::add_i32(dots[2], dots[3]));
                 let scale = S::load_bf16(block.cast::<u16>().add(span % HALVES_SPANS * LANES));
-                let scale = S::mul(scale, S::splat(*x.add(SCALE).cast()));
+                let scale = S::mul(scale, splat::<S>(x.add(SCALE)));
                 acc = S::fma(S::to_f32(dot), scale, acc);
             }
             S::store(self.sums, acc);
@@ -208,19 +210,13 @@ struct HalvesTile<const R: usize, const P: usize> {
 
 impl<const R: usize, const P: usize> Kernel for HalvesTile<R, P> {
     type Output = ();
-    // Indices name rows and panels of several arrays at once.
-    #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         unsafe {
-            let mut acc = [[S::splat(0.0); P]; R];
-            if !self.first {
-                for r in 0..R {
-                    for p in 0..P {
-                        acc[r][p] = S::load(self.c.add(r * 2 * LANES + p * LANES));
-                    }
-                }
-            }
+            let mut acc = match self.first {
+                true => [[S::splat(0.0); P]; R],
+                false => load_sums::<S, R, P>(self.c, 2 * LANES),
+            };
             for span in 0..self.spans {
                 let x = self.x.add(span * SPAN_WORDS * R);
                 let blocks = self
@@ -229,44 +225,27 @@ impl<const R: usize, const P: usize> Kernel for HalvesTile<R, P> {
                 let w =
                     blocks.map(|block| block.add(halves_codes(span % HALVES_SPANS)).cast::<u32>());
                 let mut dots = [[S::splat_i32(0); P]; R];
-                // Written out: the compiler would not unroll so much, and a turn for each step costs
-                // a tenth.
                 macro_rules! steps {
-                    ($($four:literal)*) => {$(
-                        self.ahead.ask_four::<S>(span * SPAN_STEPS + 4 * $four);
-                        for step in 4 * $four..4 * $four + 4 {
-                            let weights = w.map(|w| S::load_u32(w.add(step * LANES)));
-                            for r in 0..R {
-                                let z = S::splat_i32(*x.add(step * R + r) as i32);
-                                for p in 0..P {
-                                    dots[r][p] = S::dot2(dots[r][p], weights[p], z);
-                                }
-                            }
-                        }
-                    )*};
+                    ($($four:literal)*) => {$({
+                        let first = 4 * $four;
+                        self.ahead.ask_four::<S>(span * SPAN_STEPS + first);
+                        let w = w.map(|w| w.add(first * LANES));
+                        add_four::<S, R, P, true>(&mut dots, w, x.add(first * R));
+                    })*};
                 }
                 steps!(0 1 2 3);
                 let scales = blocks.map(|block| {
                     S::load_bf16(block.cast::<u16>().add(span % HALVES_SPANS * LANES))
                 });
-                for r in 0..R {
-                    let x_scale = S::splat(*x.add(SCALE * R + r).cast());
-                    for p in 0..P {
-                        let scale = S::mul(scales[p], x_scale);
-                        acc[r][p] = S::fma(S::to_f32(dots[r][p]), scale, acc[r][p]);
-                    }
-                }
+                add_scaled::<S, R, P>(&mut acc, dots, scales, x);
             }
-            for r in 0..R {
-                for p in 0..P {
-                    S::store(self.c.add(r * 2 * LANES + p * LANES), acc[r][p]);
-                }
-            }
+            store_sums::<S, R, P>(acc, self.c, 2 * LANES);
         }
     }
 }
 
-/// Whether a matrix of these can be packed as halves.
+/// What weights of a dtype are packed as: halves, where they come as numbers of sixteen bits in whole
+/// spans.
 pub(super) fn packed(dtype: Dtype, in_features: usize) -> Packed {
     match dtype {
         Dtype::F16 | Dtype::BF16 if in_features.is_multiple_of(SPAN) => Packed::Halves,

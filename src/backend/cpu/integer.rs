@@ -24,8 +24,10 @@ use super::ahead::Ahead;
 use super::format::{CodeLayout, Codes, Packed, QUADS, SPAN, UNIT};
 use super::halves;
 use super::inputs::Normed;
+use super::integer_tile::{add_four, add_scaled};
 use super::matrix::with_format;
 use super::simd::{Kernel, LANES, Products, Simd};
+use super::tile::{load_sums, store_sums};
 use std::marker::PhantomData;
 
 /// Words that a quantised span of a row takes: eight quads of high bytes and eight of low ones, or
@@ -254,7 +256,7 @@ impl<F: Codes> Kernel for Gemv<F> {
 }
 
 #[inline(always)]
-unsafe fn splat<S: Simd>(word: *const u32) -> S::V {
+pub(super) unsafe fn splat<S: Simd>(word: *const u32) -> S::V {
     unsafe { S::splat(*word.cast()) }
 }
 
@@ -454,14 +456,10 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
         // In fours, each written out.
         let fours = const { wide_codes::<S>() / SCALES / 4 };
         unsafe {
-            let mut acc = [[S::splat(0.0); P]; R];
-            if !self.first {
-                for r in 0..R {
-                    for p in 0..P {
-                        acc[r][p] = S::load(self.c.add(r * 2 * LANES + p * LANES));
-                    }
-                }
-            }
+            let mut acc = match self.first {
+                true => [[S::splat(0.0); P]; R],
+                false => load_sums::<S, R, P>(self.c, 2 * LANES),
+            };
             for span in 0..self.spans {
                 let x = self.x.add(span * SPAN_WORDS * R);
                 let w = self.w.map(|w| w.add(span * wide_span::<S>()));
@@ -480,18 +478,11 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                             ($($four:literal)*) => {$(if $four < fours {
                                 let first = 4 * (part * fours + $four);
                                 self.ahead.ask_four::<S>(span * SPAN_STEPS + pass * QUADS + first);
-                                for q in first..first + 4 {
-                                    let weights = w.map(|w| S::load_u32(w.add(q * LANES)));
-                                    for r in 0..R {
-                                        let x = *x.add((pass * QUADS + q) * R + r);
-                                        let x = S::splat_i32(x as i32);
-                                        for p in 0..P {
-                                            dots[r][p] = match S::PRODUCTS {
-                                                Products::Halves => S::dot2(dots[r][p], weights[p], x),
-                                                _ => S::dot4(dots[r][p], weights[p], x),
-                                            };
-                                        }
-                                    }
+                                let w = w.map(|w| w.add(first * LANES));
+                                let x = x.add((pass * QUADS + first) * R);
+                                match S::PRODUCTS {
+                                    Products::Halves => add_four::<S, R, P, true>(&mut dots, w, x),
+                                    _ => add_four::<S, R, P, false>(&mut dots, w, x),
                                 }
                             })*};
                         }
@@ -499,13 +490,7 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                     }
                     let scales =
                         w.map(|w| S::load(w.add(wide_scales::<S>() + part * LANES).cast()));
-                    for r in 0..R {
-                        let x_scale = splat::<S>(x.add(SCALE * R + r));
-                        for p in 0..P {
-                            let scale = S::mul(scales[p], x_scale);
-                            acc[r][p] = S::fma(S::to_f32(dots[r][p]), scale, acc[r][p]);
-                        }
-                    }
+                    add_scaled::<S, R, P>(&mut acc, dots, scales, x);
                 }
                 if MINIMUM {
                     let minima = w.map(|w| S::load(w.add(wide_minimum::<S>()).cast()));
@@ -517,11 +502,7 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                     }
                 }
             }
-            for r in 0..R {
-                for p in 0..P {
-                    S::store(self.c.add(r * 2 * LANES + p * LANES), acc[r][p]);
-                }
-            }
+            store_sums::<S, R, P>(acc, self.c, 2 * LANES);
         }
     }
 }

@@ -155,7 +155,7 @@ impl Matrix {
     /// Whether all weights are numbers of one format.
     pub(super) fn is_plain(&self) -> bool {
         let packed = self.parts[0].packed;
-        packed != Packed::Halves
+        matches!(packed, Packed::Stored(_))
             && packed.codes().is_none()
             && self.parts.iter().all(|part| part.packed == packed)
     }

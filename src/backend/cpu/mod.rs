@@ -8,6 +8,7 @@ mod gemv;
 mod halves;
 pub mod inputs;
 mod integer;
+mod integer_tile;
 pub mod kv_cache;
 pub mod limits;
 pub mod matmul;

@@ -11,6 +11,7 @@ use std::marker::PhantomData;
 /// Rows for which panels are taken one after the other: one is chains enough, and a single
 /// stream through memory is what the processor follows best.
 const FEW: usize = 1;
+
 /// Products of an interleaved tile `[inputs][rows]` with two panels: `c[row][2][16]`, rows `c_stride`
 /// apart. With `ASK`, `ahead` is asked for on the way, a step an input.
 ///
@@ -85,14 +86,10 @@ impl<F: Plain, const ASK: bool, const R: usize, const P: usize> Kernel
             format: _,
         } = self;
         unsafe {
-            let mut acc = [[S::splat(0.0); P]; R];
-            if !first {
-                for r in 0..R {
-                    for p in 0..P {
-                        acc[r][p] = S::load(c.add(r * c_stride + p * LANES));
-                    }
-                }
-            }
+            let mut acc = match first {
+                true => [[S::splat(0.0); P]; R],
+                false => load_sums::<S, R, P>(c, c_stride),
+            };
             for k in 0..inputs {
                 if ASK {
                     ahead.ask::<S>(k);
@@ -108,11 +105,44 @@ impl<F: Plain, const ASK: bool, const R: usize, const P: usize> Kernel
                     }
                 }
             }
-            for r in 0..R {
-                for p in 0..P {
-                    S::store(c.add(r * c_stride + p * LANES), acc[r][p]);
-                }
+            store_sums::<S, R, P>(acc, c, c_stride);
+        }
+    }
+}
+
+/// A tile's sums: `R` rows, `stride` apart, of `P` vectors.
+///
+/// # Safety
+/// As [`Simd`]; `c` must cover that.
+#[inline(always)]
+pub(super) unsafe fn load_sums<S: Simd, const R: usize, const P: usize>(
+    c: *const f32,
+    stride: usize,
+) -> [[S::V; P]; R] {
+    unsafe {
+        let mut sums = [[S::splat(0.0); P]; R];
+        for (r, row) in sums.iter_mut().enumerate() {
+            for (p, sum) in row.iter_mut().enumerate() {
+                *sum = S::load(c.add(r * stride + p * LANES));
             }
+        }
+        sums
+    }
+}
+
+/// Puts them back.
+///
+/// # Safety
+/// As [`load_sums`].
+#[inline(always)]
+pub(super) unsafe fn store_sums<S: Simd, const R: usize, const P: usize>(
+    sums: [[S::V; P]; R],
+    c: *mut f32,
+    stride: usize,
+) {
+    for (r, row) in sums.into_iter().enumerate() {
+        for (p, sum) in row.into_iter().enumerate() {
+            unsafe { S::store(c.add(r * stride + p * LANES), sum) };
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The register tile of attention's second product: weights times values, page after page.
 
 use super::simd::{Kernel, LANES, Simd};
+use super::tile::{load_sums, store_sums};
 use crate::backend::PAGE_LEN;
 
 /// Numbers of one vector of outputs in a page of values.
@@ -64,12 +65,7 @@ impl<const STRIDE: usize, const R: usize, const P: usize> Kernel for ValueTile<'
     unsafe fn run<S: Simd>(self) {
         unsafe {
             let values = self.values.add(self.panel * LANES);
-            let mut acc = [[S::splat(0.0); P]; R];
-            for r in 0..R {
-                for p in 0..P {
-                    acc[r][p] = S::load(values.add(r * self.padded + p * LANES));
-                }
-            }
+            let mut acc = load_sums::<S, R, P>(values, self.padded);
             for (page, v) in self.pages.iter().enumerate() {
                 let v = v.add(self.panel * PANEL);
                 let first = page * PAGE_LEN;
@@ -86,11 +82,7 @@ impl<const STRIDE: usize, const R: usize, const P: usize> Kernel for ValueTile<'
                     }
                 }
             }
-            for r in 0..R {
-                for p in 0..P {
-                    S::store(values.add(r * self.padded + p * LANES), acc[r][p]);
-                }
-            }
+            store_sums::<S, R, P>(acc, values, self.padded);
         }
     }
 }

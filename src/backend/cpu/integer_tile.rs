@@ -1,0 +1,59 @@
+//! What the register tiles of integer products have in common, those of codes (`integer.rs`) and those
+//! of halves (`halves.rs`).
+
+use super::integer::{SCALE, splat};
+use super::simd::{LANES, Simd};
+
+/// Adds four steps of products of `R` rows with `P` panels to `dots`, of halves or of bytes. The callers
+/// write all steps of a span out so: the compiler would not unroll as much, and a turn for each step
+/// costs a tenth.
+///
+/// # Safety
+/// As [`Simd`]; four vectors at each of `w`, and as many words of each row at `x`.
+// Indices name rows and panels of several arrays at once.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+pub(super) unsafe fn add_four<S: Simd, const R: usize, const P: usize, const HALVES: bool>(
+    dots: &mut [[S::I; P]; R],
+    w: [*const u32; P],
+    x: *const u32,
+) {
+    unsafe {
+        for step in 0..4 {
+            let weights = w.map(|w| S::load_u32(w.add(step * LANES)));
+            for r in 0..R {
+                let x = S::splat_i32(*x.add(step * R + r) as i32);
+                for p in 0..P {
+                    dots[r][p] = match HALVES {
+                        true => S::dot2(dots[r][p], weights[p], x),
+                        false => S::dot4(dots[r][p], weights[p], x),
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// Adds the whole numbers of a span to the sums, scaled by the panels' scales and the rows' own.
+///
+/// # Safety
+/// As [`Simd`]; `x` must be a span of a tile of `R` rows.
+// Indices name rows and panels of several arrays at once.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+pub(super) unsafe fn add_scaled<S: Simd, const R: usize, const P: usize>(
+    sums: &mut [[S::V; P]; R],
+    dots: [[S::I; P]; R],
+    scales: [S::V; P],
+    x: *const u32,
+) {
+    unsafe {
+        for r in 0..R {
+            let x_scale = splat::<S>(x.add(SCALE * R + r));
+            for p in 0..P {
+                let scale = S::mul(scales[p], x_scale);
+                sums[r][p] = S::fma(S::to_f32(dots[r][p]), scale, sums[r][p]);
+            }
+        }
+    }
+}
