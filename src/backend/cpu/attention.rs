@@ -9,7 +9,7 @@
 //! Blocks are counted from the start of the prefix and of a sequence's own tokens, so what a query
 //! adds up, and in which order, does not depend on the rest of the batch.
 
-use super::ahead::Ahead;
+use super::ahead::Stream;
 use super::format::F32;
 use super::kv_cache::KvCache;
 use super::matmul::tanh;
@@ -379,7 +379,7 @@ unsafe fn attend<S: Simd>(
             let two = [k_pages(page), k_pages(page + 1)];
             let place = scores.add(page * PAGE_LEN);
             let two = two.map(<*const f32>::cast);
-            let nothing = Ahead::NOTHING;
+            let nothing = Stream::NOTHING;
             let inputs = shape.head_dim;
             interleaved_tile::<S, F32, false>(rows, tile, two, nothing, inputs, place, BLOCK, true);
         }

@@ -15,9 +15,8 @@
 //! | Q6_K | 8 | scale f16 | a factor i8 for each half, 4 words of nibbles, 2 of upper bit pairs |
 //!
 //! Halves are what F16 and BF16 become where the processor multiplies whole numbers of sixteen bits faster
-//! than float32 (`halves.rs`): `weight = scale · code`, code in -16383..=16383, a scale for each span.
-//! Two spans are a block of 33 cache lines: their scales (bf16), then of each span 16 words, the codes of
-//! two inputs as the halves of a lane.
+//! than float32 (`halves.rs`): `weight = scale · code`, code in -16383..=16383. A block is 64 inputs, 33
+//! cache lines: its scale (f32), then 32 words, each the codes of two inputs as the halves of a lane.
 //!
 //! A quad is the codes of four inputs as the four bytes of a lane: what one byte product takes
 //! ([`Simd::dot4`]). A word of nibbles has one quad in the lower halves of its bytes and the next in
@@ -116,28 +115,32 @@ impl Packed {
     /// Inputs of a packed block.
     pub const fn block_inputs(self) -> usize {
         match (self, self.codes()) {
-            (Packed::Halves, _) => HALVES_SPANS * SPAN,
+            (Packed::Halves, _) => HALVES_SPAN,
             (_, Some(layout)) => layout.spans * SPAN,
             (_, None) => UNIT,
         }
     }
 
+    /// Bytes of so many inputs of a panel, in whole blocks.
+    pub const fn bytes(self, inputs: usize) -> usize {
+        inputs.div_ceil(self.block_inputs()) * self.block_bytes()
+    }
+
     /// Bytes of a packed block of sixteen outputs.
     pub const fn block_bytes(self) -> usize {
         match (self, self.codes()) {
-            (Packed::Halves, _) => HALVES_SPANS * (2 * LANES + SPAN * 2 * LANES),
+            (Packed::Halves, _) => HALVES_CODES + HALVES_SPAN * 2 * LANES,
             (_, Some(layout)) => layout.block_bytes(),
             (Packed::Stored(dtype), None) => UNIT * LANES * dtype.block_bytes(),
         }
     }
 }
 
-/// Spans of a block of halves: with two, their scales fill a cache line.
-pub const HALVES_SPANS: usize = 2;
-/// Where the codes of span `span` of a block of halves begin.
-pub const fn halves_codes(span: usize) -> usize {
-    2 * LANES * HALVES_SPANS + span * SPAN * 2 * LANES
-}
+/// Inputs of a span of halves, a block: twice as many as elsewhere, for what a span costs beside its
+/// products.
+pub const HALVES_SPAN: usize = 64;
+/// Where the codes of a block of halves begin.
+pub const HALVES_CODES: usize = 4 * LANES;
 
 /// How a kernel reads a packed format as float32.
 ///
@@ -276,10 +279,9 @@ unsafe impl Format for Halves {
     const BLOCK_BYTES: usize = Packed::Halves.block_bytes();
     #[inline(always)]
     unsafe fn unit<S: Simd>(block: *const u8, unit: usize) -> [S::V; UNIT] {
-        let (span, unit) = (unit / (SPAN / UNIT), unit % (SPAN / UNIT));
         unsafe {
-            let scale = S::load_bf16(block.cast::<u16>().add(span * LANES));
-            let words = block.add(halves_codes(span)).cast::<u32>();
+            let scale = S::load(block.cast());
+            let words = block.add(HALVES_CODES).cast::<u32>();
             let words = words.add(unit * UNIT / 2 * LANES);
             let mut out = [scale; UNIT];
             for (i, out) in out.iter_mut().enumerate() {

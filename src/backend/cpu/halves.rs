@@ -2,48 +2,55 @@
 //!
 //! A processor that adds up pairs of products of sixteen bits (`vpmaddwd`, `vpdpwssd`) does two to four
 //! multiply-adds of whole numbers in the time of one of float32. So a matrix of F16 or BF16 is packed as
-//! whole numbers: of every span of 32 inputs an output's weights are `scale · code`, code in
-//! -16383..=16383. A row's numbers become whole numbers the same way (`integer.rs`), and
+//! whole numbers: of every span of 64 inputs an output's weights are `scale · code`, code in
+//! -16383..=16383. A row's numbers become whole numbers the same way, and
 //!
 //! ```text
 //! y = Σ over spans:  weight_scale · scale · Σ code · z
 //! ```
 //!
 //! with the sum over a span exact in 32 bits: the z of a span are as large as they can be, up to 32767, with
-//! Σ |z| below 2^17. What is rounded: weights by at most 2^-15 of the greatest of 32, activations by
-//! about the same. (llama.cpp rounds activations to the format of the weights, by 2^-12 or 2^-9 of
+//! Σ |z| below 2^17. What is rounded: weights by at most 2^-15 of the greatest of 64, activations by
+//! at most 2^-18 of the sum of 64. (llama.cpp rounds activations to the format of the weights, by 2^-12 or 2^-9 of
 //! each.) `docs/ARCHITECTURE.md` has what it comes to.
 //!
 //! What is float32 is one chain along the spans, the same for one row and for many.
 
-use super::ahead::Ahead;
-use super::format::{Format, HALVES_SPANS, Halves, Packed, SPAN, halves_codes};
-use super::integer::{SCALE, SPAN_WORDS, splat};
+use super::ahead::Share;
+use super::format::{Format, HALVES_CODES, HALVES_SPAN, Halves, Packed};
+use super::inputs::Normed;
+use super::integer::{magnitude, splat};
 use super::integer_tile::{add_four, add_scaled};
 use super::simd::{Kernel, LANES, Simd};
-use super::tile::{load_sums, store_sums};
 use crate::model::tensor::Dtype;
 use half::slice::HalfFloatSliceExt;
 
+/// Inputs of a span.
+pub(super) const SPAN: usize = HALVES_SPAN;
+/// Steps of a span, each of two inputs.
+pub(super) const SPAN_STEPS: usize = SPAN / 2;
+/// Words that a span of a row takes: its pairs, and
+pub(super) const SPAN_WORDS: usize = SPAN_STEPS + 1;
+/// the scale (f32).
+const SCALE: usize = SPAN_STEPS;
 /// The greatest code.
 const GREATEST: f32 = 16383.0;
 /// Σ |z| of a span is below this: times the greatest code it is below 2^31. Rounding adds at most half
-/// to each of 32.
+/// to each of 64.
 const GREATEST_SUM: f32 = ((1 << 17) - SPAN / 2) as f32;
 /// Inputs multiplied at a time, at most: 2 panels × 256 × 33 bytes = 17 KiB.
 pub(super) const RUN: usize = 256;
-/// Tiles that take turns more often: while the second is multiplied memory has to go on, and what has
-/// been asked for lasts for so long.
-const FEW_TILES: usize = 4;
-/// Steps of a span, each of two inputs.
-pub(super) const SPAN_STEPS: usize = SPAN / 2;
-/// Bytes ahead in the stream of a single row that are asked for, into the second-level cache. (Into the
-/// first: three quarters of the speed.)
-const AHEAD: usize = 8192;
+/// Bytes ahead in each of a single row's streams that are asked for, into the second-level cache.
+const AHEAD: usize = 4096;
 
-/// Inputs multiplied at a time with so many tiles.
+/// Inputs multiplied at a time with so many tiles, whole blocks. Few tiles, which memory is slower than,
+/// take turns more often: while the second is multiplied memory goes on with what the first has asked for.
 pub(super) fn run(tiles: usize) -> usize {
-    if tiles <= FEW_TILES { RUN / 2 } else { RUN }
+    match tiles {
+        0..=2 => RUN / 4,
+        3..=4 => RUN / 2,
+        _ => RUN,
+    }
 }
 
 /// Puts one stored row of whole spans into its lane of a packed panel.
@@ -53,17 +60,13 @@ pub(super) fn pack_row(dtype: Dtype, row: &[u8], lane: usize, panel: &mut [u8]) 
         widen(dtype, stored, &mut numbers);
         let greatest = numbers.iter().map(|x| x.to_bits() & (u32::MAX >> 1));
         let greatest = f32::from_bits(greatest.fold(0, u32::max));
-        let scale = scale_of(greatest);
-        let block = &mut panel[index / HALVES_SPANS * Halves::BLOCK_BYTES..];
-        let span = index % HALVES_SPANS;
-        block[2 * (span * LANES + lane)..][..2].copy_from_slice(&scale.to_le_bytes());
-        let inverse = if scale.to_f32() > 0.0 {
-            1.0 / scale.to_f32()
-        } else {
-            0.0
-        };
+        let scale = Some(greatest / GREATEST).filter(|scale| *scale >= f32::MIN_POSITIVE);
+        let block = &mut panel[index * Halves::BLOCK_BYTES..];
+        block[4 * lane..][..4].copy_from_slice(&scale.unwrap_or(0.0).to_le_bytes());
+        // Too small for a scale: zeros.
+        let inverse = scale.map_or(0.0, |scale| 1.0 / scale);
         let codes = numbers.map(|x| code(x * inverse));
-        let words = block[halves_codes(span)..].chunks_exact_mut(4 * LANES);
+        let words = block[HALVES_CODES..].chunks_exact_mut(4 * LANES);
         for (word, pair) in words.zip(codes.chunks_exact(2)) {
             let pair = pair[0] as u32 & 0xffff | (pair[1] as u32) << 16;
             word[4 * lane..][..4].copy_from_slice(&pair.to_le_bytes());
@@ -83,20 +86,55 @@ fn widen(dtype: Dtype, stored: &[u8], out: &mut [f32; SPAN]) {
     }
 }
 
-/// The least bf16 by which no code is beyond the greatest; 0 where weights are too small for one.
-fn scale_of(greatest: f32) -> half::bf16 {
-    let scale = greatest / GREATEST;
-    if scale < f32::MIN_POSITIVE {
-        return half::bf16::ZERO;
-    }
-    // Rounded up: cut off, and one more.
-    let cut = scale.to_bits() >> 16;
-    half::bf16::from_bits((cut + u32::from(scale.to_bits() & 0xffff != 0)) as u16)
+/// The scale of a span of activations with this greatest magnitude and this sum of magnitudes.
+fn activation_scale(greatest: f32, sum: f32) -> f32 {
+    (greatest / f32::from(i16::MAX)).max(sum / GREATEST_SUM)
 }
 
-/// The scale of a span of activations with this greatest magnitude and this sum of magnitudes.
-pub(super) fn activation_scale(greatest: f32, sum: f32) -> f32 {
-    (greatest / f32::from(i16::MAX)).max(sum / GREATEST_SUM)
+/// Makes halves of a row in its place of a tile `[spans][SPAN_WORDS][rows of the tile]`.
+pub(super) struct Quantise<'a> {
+    pub row: Normed<'a>,
+    pub out: *mut u32,
+    pub i: usize,
+    pub rows: usize,
+}
+
+impl Kernel for Quantise<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        const VECTORS: usize = SPAN / LANES;
+        // SAFETY: a row of `width` numbers, whole spans; `out` has room for as many.
+        unsafe {
+            let norm_scale = S::splat(self.row.scale::<S>());
+            for span in 0..self.row.width / SPAN {
+                let mut x = [norm_scale; VECTORS];
+                let (mut greatest, mut sum) = (S::splat(0.0), S::splat(0.0));
+                for (v, x) in x.iter_mut().enumerate() {
+                    *x = self.row.normed::<S>(norm_scale, span * SPAN + v * LANES);
+                    let magnitude = magnitude::<S>(*x);
+                    greatest = S::max(greatest, magnitude);
+                    sum = S::add(sum, magnitude);
+                }
+                let scale = activation_scale(S::greatest(greatest), S::sum(sum));
+                // Nothing but zeros, or too small for a scale: zeros.
+                let inverse = match scale >= f32::MIN_POSITIVE {
+                    true => 1.0 / scale,
+                    false => 0.0,
+                };
+                let mut words = [0; SPAN_WORDS];
+                for (v, x) in x.into_iter().enumerate() {
+                    let place = words.as_mut_ptr().add(v * LANES / 2);
+                    S::store_low_halves(place.cast(), S::to_i32(S::mul(x, S::splat(inverse))));
+                }
+                words[SCALE] = scale.to_bits();
+                let out = self.out.add(span * SPAN_WORDS * self.rows + self.i);
+                for (index, word) in words.into_iter().enumerate() {
+                    *out.add(index * self.rows) = word;
+                }
+            }
+        }
+    }
 }
 
 /// To the nearest whole number, ties to even, of numbers within ±2^22: what the compiler has a vector
@@ -106,10 +144,9 @@ fn code(x: f32) -> i32 {
     (x + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
 }
 
-/// One row times one panel: a single stream through memory, which panels that follow each other
-/// continue, so that the processor runs ahead of it.
+/// One row times two panels, side by side: of two streams through memory more is on its way.
 struct Gemv {
-    panel: *const u8,
+    panels: [*const u8; 2],
     x: *const u32,
     width: usize,
     sums: *mut f32,
@@ -119,40 +156,54 @@ impl Kernel for Gemv {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // Chains of whole numbers, for none to wait for another.
-        const CHAINS: usize = 4;
+        // Chains of whole numbers for each panel, for none to wait for another.
+        const CHAINS: usize = 2;
         unsafe {
-            let mut acc = S::splat(0.0);
+            let mut acc = [S::splat(0.0); 2];
             for span in 0..self.width / SPAN {
-                let block = self.panel.add(span / HALVES_SPANS * Halves::BLOCK_BYTES);
-                let w = block.add(halves_codes(span % HALVES_SPANS)).cast::<u32>();
+                let block = span * Halves::BLOCK_BYTES;
                 let x = self.x.add(span * SPAN_WORDS);
-                let mut dots = [S::splat_i32(0); CHAINS];
+                let mut dots = [[S::splat_i32(0); CHAINS]; 2];
                 for step in 0..SPAN_STEPS {
-                    let word = w.add(step * LANES);
-                    S::prefetch_far(word.cast::<u8>().wrapping_add(AHEAD));
                     let z = S::splat_i32(*x.add(step) as i32);
-                    dots[step % CHAINS] = S::dot2(dots[step % CHAINS], S::load_u32(word), z);
+                    for (panel, dots) in self.panels.iter().zip(&mut dots) {
+                        let word = panel
+                            .add(block + HALVES_CODES)
+                            .cast::<u32>()
+                            .add(step * LANES);
+                        S::prefetch_far(word.cast::<u8>().wrapping_add(AHEAD));
+                        let dot = &mut dots[step % CHAINS];
+                        *dot = S::dot2(*dot, S::load_u32(word), z);
+                    }
                 }
-                let dot = S::add_i32(S::add_i32(dots[0], dots[1]), S::add_i32(dots[2], dots[3]));
-                let scale = S::load_bf16(block.cast::<u16>().add(span % HALVES_SPANS * LANES));
-                let scale = S::mul(scale, splat::<S>(x.add(SCALE)));
-                acc = S::fma(S::to_f32(dot), scale, acc);
+                let x_scale = splat::<S>(x.add(SCALE));
+                for ((panel, dots), acc) in self.panels.iter().zip(dots).zip(&mut acc) {
+                    let scale = S::load(panel.add(block).cast());
+                    let dot = S::to_f32(S::add_i32(dots[0], dots[1]));
+                    *acc = S::fma(dot, S::mul(scale, x_scale), *acc);
+                }
             }
-            S::store(self.sums, acc);
+            for (p, acc) in acc.into_iter().enumerate() {
+                S::store(self.sums.add(p * LANES), acc);
+            }
         }
     }
 }
 
-/// The sixteen sums of one row with a panel.
+/// The sixteen sums of one row with each of two panels.
 ///
 /// # Safety
-/// As [`Simd`]; a packed panel of `width` inputs, and as many of a row of halves at `x`.
+/// As [`Simd`]; packed panels of `width` inputs, and as many of a row of halves at `x`.
 #[inline(always)]
-pub(super) unsafe fn gemv<S: Simd>(panel: *const u8, x: *const u32, width: usize, sums: *mut f32) {
+pub(super) unsafe fn gemv<S: Simd>(
+    panels: [*const u8; 2],
+    x: *const u32,
+    width: usize,
+    sums: *mut f32,
+) {
     unsafe {
         S::call(Gemv {
-            panel,
+            panels,
             x,
             width,
             sums,
@@ -160,8 +211,7 @@ pub(super) unsafe fn gemv<S: Simd>(panel: *const u8, x: *const u32, width: usize
     }
 }
 
-/// Adds a tile's products with a run of two panels to `c[row][2][16]`, or sets it where `first`. `ahead`
-/// is asked for on the way, [`SPAN_STEPS`] a span.
+/// Adds a tile's products with a run of two panels to `c[row][2][16]`. `ahead` is asked for on the way, [`SPAN_STEPS`] a span.
 ///
 /// # Safety
 /// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, `w` two panels from
@@ -172,17 +222,16 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     rows: usize,
     x: *const u32,
     w: [*const u8; 2],
-    ahead: Ahead<2>,
+    ahead: Share<2>,
     inputs: usize,
     c: *mut f32,
-    first: bool,
 ) {
     let spans = inputs / SPAN;
     macro_rules! rows {
         ($panels:literal, $c:expr, $w:expr, $ahead:expr; $($rows:literal)*) => {
             match rows {
                 $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(HalvesTile::<$rows, $panels> {
-                    x, w: $w, ahead: $ahead, spans, c: $c, first,
+                    x, w: $w, ahead: $ahead, spans, c: $c,
                 }),)*
                 _ => unreachable!("tiles are at most as tall as the register tile"),
             }
@@ -202,10 +251,9 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
 struct HalvesTile<const R: usize, const P: usize> {
     x: *const u32,
     w: [*const u8; P],
-    ahead: Ahead<P>,
+    ahead: Share<P>,
     spans: usize,
     c: *mut f32,
-    first: bool,
 }
 
 impl<const R: usize, const P: usize> Kernel for HalvesTile<R, P> {
@@ -213,33 +261,26 @@ impl<const R: usize, const P: usize> Kernel for HalvesTile<R, P> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         unsafe {
-            let mut acc = match self.first {
-                true => [[S::splat(0.0); P]; R],
-                false => load_sums::<S, R, P>(self.c, 2 * LANES),
-            };
-            for span in 0..self.spans {
-                let x = self.x.add(span * SPAN_WORDS * R);
-                let blocks = self
-                    .w
-                    .map(|w| w.add(span / HALVES_SPANS * Halves::BLOCK_BYTES));
-                let w =
-                    blocks.map(|block| block.add(halves_codes(span % HALVES_SPANS)).cast::<u32>());
+            let (mut ahead, mut x, mut blocks) = (self.ahead, self.x, self.w);
+            for _ in 0..self.spans {
                 let mut dots = [[S::splat_i32(0); P]; R];
                 macro_rules! steps {
                     ($($four:literal)*) => {$({
+                        if $four % 4 == 0 {
+                            ahead.ask_at_sixteen::<S>();
+                        }
+                        ahead.ask_at_four::<S>();
                         let first = 4 * $four;
-                        self.ahead.ask_four::<S>(span * SPAN_STEPS + first);
-                        let w = w.map(|w| w.add(first * LANES));
+                        let w = blocks.map(|w| w.add(HALVES_CODES).cast::<u32>().add(first * LANES));
                         add_four::<S, R, P, true>(&mut dots, w, x.add(first * R));
                     })*};
                 }
-                steps!(0 1 2 3);
-                let scales = blocks.map(|block| {
-                    S::load_bf16(block.cast::<u16>().add(span % HALVES_SPANS * LANES))
-                });
-                add_scaled::<S, R, P>(&mut acc, dots, scales, x);
+                steps!(0 1 2 3 4 5 6 7);
+                let scales = blocks.map(|block| S::load(block.cast()));
+                add_scaled::<S, R, P>(self.c, dots, scales, x.add(SCALE * R));
+                x = x.add(SPAN_WORDS * R);
+                blocks = blocks.map(|block| block.add(Halves::BLOCK_BYTES));
             }
-            store_sums::<S, R, P>(acc, self.c, 2 * LANES);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The left side of a product, in the order in which the kernels read it.
 
 use super::format::{SPAN, UNIT};
-use super::integer::{Quantise, SPAN_WORDS};
+use super::halves;
+use super::integer::{self, SPAN_WORDS};
 use super::rows::{Aligned, Rows, SPARE_TIMES, Vector};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
@@ -26,6 +27,35 @@ pub enum Form {
     Quantised,
     /// For weights that are halves.
     Halves,
+}
+
+impl Form {
+    /// Inputs that become words together.
+    pub(super) const fn span(self) -> usize {
+        match self {
+            Form::Float => 1,
+            Form::Quantised => SPAN,
+            Form::Halves => halves::SPAN,
+        }
+    }
+
+    /// The words of 32 bits that they become.
+    const fn span_words(self) -> usize {
+        match self {
+            Form::Float => 1,
+            Form::Quantised => SPAN_WORDS,
+            Form::Halves => halves::SPAN_WORDS,
+        }
+    }
+
+    /// Steps of a tile's loop for so many inputs.
+    pub(super) const fn steps(self, inputs: usize) -> usize {
+        match self {
+            Form::Float => inputs,
+            Form::Quantised => inputs / SPAN * integer::SPAN_STEPS,
+            Form::Halves => inputs / halves::SPAN * halves::SPAN_STEPS,
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -65,10 +95,7 @@ impl Inputs {
                 "a norm has a weight for each input"
             );
         }
-        assert!(
-            form == Form::Float || width.is_multiple_of(SPAN),
-            "whole spans"
-        );
+        assert!(width.is_multiple_of(form.span()), "whole spans");
         self.form = form;
         self.rows = rows.map_or(x.rows(), <[u32]>::len);
         self.in_features = width;
@@ -117,9 +144,14 @@ impl Inputs {
                             i,
                             rows,
                         }),
-                        Form::Quantised | Form::Halves => isa.dispatch(Quantise {
+                        Form::Quantised => isa.dispatch(integer::Quantise {
                             row,
-                            halves: form == Form::Halves,
+                            out: out.cast(),
+                            i,
+                            rows,
+                        }),
+                        Form::Halves => isa.dispatch(halves::Quantise {
+                            row,
                             out: out.cast(),
                             i,
                             rows,
@@ -151,7 +183,7 @@ impl Inputs {
     fn row_words(&self) -> usize {
         match self.form {
             Form::Float => self.in_features.next_multiple_of(UNIT),
-            Form::Quantised | Form::Halves => self.in_features / SPAN * SPAN_WORDS,
+            form => self.in_features / form.span() * form.span_words(),
         }
     }
 
@@ -159,7 +191,7 @@ impl Inputs {
     pub(super) fn tile(&self, tile: Tile, first: usize) -> *const f32 {
         let before = match self.form {
             Form::Float => first,
-            Form::Quantised | Form::Halves => first / SPAN * SPAN_WORDS,
+            form => first / form.span() * form.span_words(),
         };
         let at = tile.first_row * self.row_words() + before * tile.rows;
         self.data.as_f32()[at..].as_ptr()
@@ -185,6 +217,26 @@ impl Normed<'_> {
             // SAFETY: passed on.
             Some(norm) => unsafe { rms_scale::<S>(self.source, self.width, norm.epsilon) },
             None => 1.0,
+        }
+    }
+
+    /// Sixteen numbers from `at` on, the norm applied.
+    ///
+    /// # Safety
+    /// As [`Normed::scale`]; so many numbers must follow, or vectors be readable.
+    // A function rather than a closure over vectors: a closure that is not inlined is compiled without
+    // the instruction set of the kernel around it.
+    #[inline(always)]
+    pub unsafe fn normed<S: Simd>(&self, scale: S::V, at: usize) -> S::V {
+        unsafe {
+            let x = S::load(self.source.add(at));
+            match self.norm {
+                Some(norm) => {
+                    let weight = S::load(norm.weight.as_slice()[at..].as_ptr());
+                    S::mul(S::mul(x, scale), weight)
+                }
+                None => x,
+            }
         }
     }
 }

@@ -15,29 +15,25 @@
 //! after 18 layers of SmolLM2 from eight bits cost its `gcd` ranker a third of its accuracy; from sixteen,
 //! nothing.)
 //!
-//! Rows are made into the same whole numbers for weights that are halves (`halves.rs`), but for their scale.
-//!
 //! The sums are whole numbers, the same in any order and either way. What is float32 is one chain along
 //! the spans, the same for one row and for many, so here too a row's result does not depend on its batch.
 
-use super::ahead::Ahead;
+use super::ahead::Share;
 use super::format::{CodeLayout, Codes, Packed, QUADS, SPAN, UNIT};
-use super::halves;
 use super::inputs::Normed;
 use super::integer_tile::{add_four, add_scaled};
 use super::matrix::with_format;
 use super::simd::{Kernel, LANES, Products, Simd};
-use super::tile::{load_sums, store_sums};
 use std::marker::PhantomData;
 
 /// Words that a quantised span of a row takes: eight quads of high bytes and eight of low ones, or
 /// sixteen pairs of halves (see [`quad_halves`]), and
 pub const SPAN_WORDS: usize = 2 * QUADS + 4;
 /// the scale (f32),
-pub(super) const SCALE: usize = 2 * QUADS;
+const SCALE: usize = 2 * QUADS;
 /// scale · Σ z (f32),
 const SCALED_SUM: usize = 2 * QUADS + 1;
-/// and Σ z of the lower and of the upper half of the span (i32); of the sums nothing for halves.
+/// and Σ z of the lower and of the upper half of the span (i32).
 const HALF_SUMS: usize = 2 * QUADS + 2;
 /// The greatest z: its high byte is 127.
 const GREATEST: f32 = 127.0 * 256.0;
@@ -67,8 +63,6 @@ pub(super) const WIDE_RUN: usize = RUN / SPAN * (2 * QUADS + 3) * LANES;
 /// Quantises a row into its place of a tile `[spans][SPAN_WORDS][rows of the tile]`.
 pub(super) struct Quantise<'a> {
     pub row: Normed<'a>,
-    /// For weights that are halves.
-    pub halves: bool,
     pub out: *mut u32,
     pub i: usize,
     pub rows: usize,
@@ -82,9 +76,9 @@ impl Kernel for Quantise<'_> {
         unsafe {
             let norm_scale = S::splat(self.row.scale::<S>());
             for span in 0..self.row.width / SPAN {
-                let first = normed::<S>(&self.row, norm_scale, span * SPAN);
-                let second = normed::<S>(&self.row, norm_scale, span * SPAN + LANES);
-                let words = quantise::<S>([first, second], self.halves);
+                let first = self.row.normed::<S>(norm_scale, span * SPAN);
+                let second = self.row.normed::<S>(norm_scale, span * SPAN + LANES);
+                let words = quantise::<S>([first, second]);
                 let out = self.out.add(span * SPAN_WORDS * self.rows + self.i);
                 for (index, word) in words.into_iter().enumerate() {
                     *out.add(index * self.rows) = word;
@@ -97,48 +91,26 @@ impl Kernel for Quantise<'_> {
 // Functions and loops rather than closures over vectors: a closure that is not inlined is compiled
 // without the instruction set of the kernel around it.
 
-/// Sixteen numbers of a row from `at` on, its norm applied.
 #[inline(always)]
-unsafe fn normed<S: Simd>(row: &Normed, norm_scale: S::V, at: usize) -> S::V {
-    unsafe {
-        let x = S::load(row.source.add(at));
-        match row.norm {
-            Some(norm) => {
-                let weight = S::load(norm.weight.as_slice()[at..].as_ptr());
-                S::mul(S::mul(x, norm_scale), weight)
-            }
-            None => x,
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn magnitude<S: Simd>(x: S::V) -> S::V {
+pub(super) unsafe fn magnitude<S: Simd>(x: S::V) -> S::V {
     unsafe { S::max(x, S::sub(S::splat(0.0), x)) }
 }
 
 /// The words of a span.
 #[inline(always)]
-unsafe fn quantise<S: Simd>(x: [S::V; 2], for_halves: bool) -> [u32; SPAN_WORDS] {
+unsafe fn quantise<S: Simd>(x: [S::V; 2]) -> [u32; SPAN_WORDS] {
     let mut words = [0; SPAN_WORDS];
     unsafe {
         let magnitudes = [magnitude::<S>(x[0]), magnitude::<S>(x[1])];
         let greatest = S::greatest(S::max(magnitudes[0], magnitudes[1]));
-        let (scale, inverse) = if for_halves {
-            let sum = S::sum(S::add(magnitudes[0], magnitudes[1]));
-            let scale = halves::activation_scale(greatest, sum);
-            (scale, 1.0 / scale)
-        } else {
-            (greatest / GREATEST, GREATEST / greatest)
-        };
+        let scale = greatest / GREATEST;
         // Nothing but zeros, or too small for a scale: zeros.
-        let inverse = if scale >= f32::MIN_POSITIVE {
-            inverse
-        } else {
-            0.0
+        let inverse = match scale >= f32::MIN_POSITIVE {
+            true => GREATEST / greatest,
+            false => 0.0,
         };
         let mut sums = [0.0; 2];
-        let as_halves = for_halves || matches!(S::PRODUCTS, Products::Halves);
+        let as_halves = matches!(S::PRODUCTS, Products::Halves);
         for (half, x) in x.into_iter().enumerate() {
             let z = S::to_i32(S::mul(x, S::splat(inverse)));
             if as_halves {
@@ -151,12 +123,10 @@ unsafe fn quantise<S: Simd>(x: [S::V; 2], for_halves: bool) -> [u32; SPAN_WORDS]
                 S::store_low_bytes(place.cast(), high);
                 S::store_low_bytes(place.add(QUADS).cast(), z);
             }
-            // Whole numbers below 2^24: exact. Halves have no middle that they are off by.
-            if !for_halves {
-                sums[half] = S::sum(S::to_f32(z));
-            }
+            // Whole numbers below 2^24: exact.
+            sums[half] = S::sum(S::to_f32(z));
         }
-        if as_halves && !for_halves {
+        if as_halves {
             // Of four inputs the first and the third, then the second and the fourth: see `quad_halves`.
             for quad in words[..2 * QUADS].chunks_exact_mut(2) {
                 let [low, high] = [quad[0], quad[1]];
@@ -196,7 +166,7 @@ struct Gemv<F> {
 }
 
 /// Bytes ahead in the stream that are asked for.
-const AHEAD: usize = 4096;
+const AHEAD: usize = 8192;
 
 impl<F: Codes> Kernel for Gemv<F> {
     type Output = ();
@@ -211,7 +181,7 @@ impl<F: Codes> Kernel for Gemv<F> {
                     let x = self.x.add((block * F::LAYOUT.spans + span) * SPAN_WORDS);
                     let next = packed.wrapping_add(span * span_bytes + AHEAD);
                     for line in (0..span_bytes).step_by(64) {
-                        S::prefetch(next.wrapping_add(line));
+                        S::prefetch_far(next.wrapping_add(line));
                     }
                     for part in 0..F::LAYOUT.scales {
                         // Two chains: neither waits for the other.
@@ -372,8 +342,7 @@ pub(super) unsafe fn unpack<S: Simd>(
 /// Steps of a tile's loop that a span takes.
 pub(super) const SPAN_STEPS: usize = 2 * QUADS;
 
-/// Adds a tile's products with two unpacked panels to `c[row][2][16]`, or sets it where `first`. `ahead`
-/// is asked for on the way, [`SPAN_STEPS`] a span.
+/// Adds a tile's products with two unpacked panels to `c[row][2][16]`. `ahead` is asked for on the way, [`SPAN_STEPS`] a span.
 ///
 /// # Safety
 /// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, `wide` runs
@@ -385,10 +354,9 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     rows: usize,
     x: *const u32,
     wide: [*const u32; 2],
-    ahead: Ahead<2>,
+    ahead: Share<2>,
     inputs: usize,
     c: *mut f32,
-    first: bool,
 ) {
     let layouts = packed.map(Packed::codes);
     let spans = inputs / SPAN;
@@ -397,7 +365,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
             match rows {
                 $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(
                     CodeTile::<$rows, $panels, $scales, $minimum> {
-                        x, w: $w, ahead: $ahead, spans, layout: $layout, c: $c, first,
+                        x, w: $w, ahead: $ahead, spans, layout: $layout, c: $c,
                     },
                 ),)*
                 _ => unreachable!("tiles are at most as tall as the register tile"),
@@ -432,11 +400,10 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
 struct CodeTile<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> {
     x: *const u32,
     w: [*const u32; P],
-    ahead: Ahead<P>,
+    ahead: Share<P>,
     spans: usize,
     layout: CodeLayout,
     c: *mut f32,
-    first: bool,
 }
 
 impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> Kernel
@@ -456,13 +423,9 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
         // In fours, each written out.
         let fours = const { wide_codes::<S>() / SCALES / 4 };
         unsafe {
-            let mut acc = match self.first {
-                true => [[S::splat(0.0); P]; R],
-                false => load_sums::<S, R, P>(self.c, 2 * LANES),
-            };
-            for span in 0..self.spans {
-                let x = self.x.add(span * SPAN_WORDS * R);
-                let w = self.w.map(|w| w.add(span * wide_span::<S>()));
+            let (mut ahead, mut x, mut w) = (self.ahead, self.x, self.w);
+            for _ in 0..self.spans {
+                ahead.ask_at_sixteen::<S>();
                 for part in 0..SCALES {
                     let mut dots = [[S::splat_i32(0); P]; R];
                     // The high bytes of the activations, then the low ones; or both at once.
@@ -477,7 +440,7 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                         macro_rules! fours {
                             ($($four:literal)*) => {$(if $four < fours {
                                 let first = 4 * (part * fours + $four);
-                                self.ahead.ask_four::<S>(span * SPAN_STEPS + pass * QUADS + first);
+                                ahead.ask_at_four::<S>();
                                 let w = w.map(|w| w.add(first * LANES));
                                 let x = x.add((pass * QUADS + first) * R);
                                 match S::PRODUCTS {
@@ -490,19 +453,21 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                     }
                     let scales =
                         w.map(|w| S::load(w.add(wide_scales::<S>() + part * LANES).cast()));
-                    add_scaled::<S, R, P>(&mut acc, dots, scales, x);
+                    add_scaled::<S, R, P>(self.c, dots, scales, x.add(SCALE * R));
                 }
                 if MINIMUM {
                     let minima = w.map(|w| S::load(w.add(wide_minimum::<S>()).cast()));
                     for r in 0..R {
                         let sum = splat::<S>(x.add(SCALED_SUM * R + r));
                         for p in 0..P {
-                            acc[r][p] = S::fma(minima[p], sum, acc[r][p]);
+                            let c = self.c.add((r * 2 + p) * LANES);
+                            S::store(c, S::fma(minima[p], sum, S::load(c)));
                         }
                     }
                 }
+                x = x.add(SPAN_WORDS * R);
+                w = w.map(|w| w.add(wide_span::<S>()));
             }
-            store_sums::<S, R, P>(acc, self.c, 2 * LANES);
         }
     }
 }

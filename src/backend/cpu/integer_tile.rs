@@ -1,8 +1,9 @@
 //! What the register tiles of integer products have in common, those of codes (`integer.rs`) and those
 //! of halves (`halves.rs`).
 
-use super::integer::{SCALE, splat};
+use super::integer::splat;
 use super::simd::{LANES, Simd};
+use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Adds four steps of products of `R` rows with `P` panels to `dots`, of halves or of bytes. The callers
 /// write all steps of a span out so: the compiler would not unroll as much, and a turn for each step
@@ -34,25 +35,29 @@ pub(super) unsafe fn add_four<S: Simd, const R: usize, const P: usize, const HAL
     }
 }
 
-/// Adds the whole numbers of a span to the sums, scaled by the panels' scales and the rows' own.
+/// Adds the whole numbers of a span to `sums[row][2][16]`, scaled by the panels' scales and the rows' own.
 ///
 /// # Safety
-/// As [`Simd`]; `x` must be a span of a tile of `R` rows.
+/// As [`Simd`]; `x_scales` are those of `R` rows, and `sums` theirs.
 // Indices name rows and panels of several arrays at once.
 #[allow(clippy::needless_range_loop)]
 #[inline(always)]
 pub(super) unsafe fn add_scaled<S: Simd, const R: usize, const P: usize>(
-    sums: &mut [[S::V; P]; R],
+    sums: *mut f32,
     dots: [[S::I; P]; R],
     scales: [S::V; P],
-    x: *const u32,
+    x_scales: *const u32,
 ) {
+    // Sums stay in memory: the compiler would carry them over from span to span, where there is no
+    // register left for them, and store them all the same.
+    compiler_fence(Ordering::SeqCst);
     unsafe {
         for r in 0..R {
-            let x_scale = splat::<S>(x.add(SCALE * R + r));
+            let x_scale = splat::<S>(x_scales.add(r));
             for p in 0..P {
                 let scale = S::mul(scales[p], x_scale);
-                sums[r][p] = S::fma(S::to_f32(dots[r][p]), scale, sums[r][p]);
+                let sum = sums.add((r * 2 + p) * LANES);
+                S::store(sum, S::fma(S::to_f32(dots[r][p]), scale, S::load(sum)));
             }
         }
     }

@@ -10,11 +10,11 @@
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
-use super::ahead::{Ahead, place_ahead, shares};
-use super::format::{F32, Packed, Plain, SPAN, UNIT};
+use super::ahead::{Runs, Shares, Stream};
+use super::format::{F32, Packed, Plain, UNIT};
 use super::gemv::{GEMV_PANELS, gemv};
 use super::halves;
-use super::inputs::{Form, Inputs};
+use super::inputs::{Form, Inputs, Tile};
 use super::integer;
 use super::matrix::{Matrix, Panel, widen, with_format};
 use super::rows::{Rows, SharedRows, Vector};
@@ -40,8 +40,10 @@ const AHEAD: usize = 8192;
 /// Most tiles for which plain weights are widened in registers, a tile at a time: with more, once into
 /// the cache for all is as fast.
 const DIRECT_TILES: usize = 4;
-/// Runs between what is multiplied and what is asked for meanwhile.
+/// Runs from what is multiplied to what is asked for meanwhile.
 const RUNS_AHEAD: usize = 2;
+/// The same of halves.
+const HALVES_AHEAD: usize = 1;
 
 /// What happens to a result before it is stored.
 #[derive(Clone, Copy)]
@@ -135,15 +137,19 @@ impl Task<'_> {
         if form != Form::Float {
             for &pair in self.pairs {
                 let mut sums = [[0.0f32; LANES]; 2];
+                let x = x.cast();
                 // SAFETY: packed panels of `width` inputs; x has as many.
                 unsafe {
-                    for (panel, sums) in [Some(pair.0), pair.1].into_iter().flatten().zip(&mut sums)
-                    {
-                        let panel = self.weight.panel(panel);
-                        let (x, sums) = (x.cast(), sums.as_mut_ptr());
-                        match form {
-                            Form::Halves => halves::gemv::<S>(panel.1, x, width, sums),
-                            _ => integer::gemv::<S>(panel, x, width, sums),
+                    let panels = self.both(pair);
+                    match form {
+                        Form::Halves => {
+                            let panels = panels.map(|(_, panel)| panel);
+                            halves::gemv::<S>(panels, x, width, sums.as_mut_ptr().cast());
+                        }
+                        _ => {
+                            for (panel, sums) in panels.into_iter().zip(&mut sums) {
+                                integer::gemv::<S>(panel, x, width, sums.as_mut_ptr());
+                            }
                         }
                     }
                     self.finish::<S>(pair, 0, sums.as_ptr().cast());
@@ -183,6 +189,11 @@ impl Task<'_> {
         }
     }
 
+    /// Where the panels of a pair lie; of one alone, twice the same.
+    fn both(&self, pair: (Panel, Option<Panel>)) -> [(Packed, *const u8); 2] {
+        [pair.0, pair.1.unwrap_or(pair.0)].map(|panel| self.weight.panel(panel))
+    }
+
     #[inline(always)]
     unsafe fn many_rows<S: Simd>(
         &self,
@@ -193,17 +204,22 @@ impl Task<'_> {
         let mut sums = MaybeUninit::<[f32; ROW_BLOCK * 2 * LANES]>::uninit();
         let wide: *mut f32 = wide.as_mut_ptr().cast();
         let sums: *mut f32 = sums.as_mut_ptr().cast();
-        let both = |pair: (Panel, Option<Panel>)| {
-            [pair.0, pair.1.unwrap_or(pair.0)].map(|panel| self.weight.panel(panel))
-        };
-        let panels = both(pair);
-        let next_panels = next_pair.map(both);
+        let panels = self.both(pair);
+        let next_panels = next_pair.map(|pair| self.both(pair));
         let form = self.inputs.form();
-        let (longest, wide) = match form {
-            Form::Float => (RUN, [wide, wide.wrapping_add(RUN * LANES)]),
-            Form::Quantised => (integer::RUN, [wide, wide.wrapping_add(integer::WIDE_RUN)]),
+        let (longest, runs_ahead, wide) = match form {
+            Form::Float => (RUN, RUNS_AHEAD, [wide, wide.wrapping_add(RUN * LANES)]),
+            Form::Quantised => (
+                integer::RUN,
+                RUNS_AHEAD,
+                [wide, wide.wrapping_add(integer::WIDE_RUN)],
+            ),
             // Read where they lie.
-            Form::Halves => (halves::run(self.inputs.tiles().len()), [wide; 2]),
+            Form::Halves => (
+                halves::run(self.inputs.tiles().len()),
+                HALVES_AHEAD,
+                [wide; 2],
+            ),
         };
         let padded = self.inputs.in_features().next_multiple_of(UNIT);
         let mut tiles = self.inputs.tiles();
@@ -225,6 +241,7 @@ impl Task<'_> {
                 return;
             }
         }
+        let runs = Runs::new(panels, next_panels, padded, longest);
         while !tiles.is_empty() {
             // A block of rows is whole tiles; the tiles are at most as tall as the register tile.
             let tallest = match form {
@@ -234,11 +251,15 @@ impl Task<'_> {
             let block = tiles.len().min(ROW_BLOCK / tallest);
             let (now, rest) = tiles.split_at(block);
             let base = now[0].first_row;
+            let whole = Shares::new(runs.run_bytes(), now.len(), form.steps(longest));
+            let rows: usize = now.iter().map(|tile| tile.rows).sum();
+            // SAFETY: `sums` has room for two vectors of each row of the block.
+            unsafe { sums.write_bytes(0, rows * 2 * LANES) };
             for run in (0..padded).step_by(longest) {
                 let inputs = longest.min(padded - run);
-                let next = place_ahead(panels, next_panels, run + RUNS_AHEAD * longest, padded);
-                // SAFETY: `wide` has room for two runs, `sums` for two vectors of each row of the
-                // block, and each is written before it is read: sums where `run` is 0.
+                let start = runs.start(run / longest + runs_ahead);
+                // SAFETY: `wide` has room for two runs and is written before it is read, `sums` has
+                // the sums of the block.
                 unsafe {
                     for (panel, wide) in panels.into_iter().zip(wide) {
                         match form {
@@ -249,13 +270,16 @@ impl Task<'_> {
                             Form::Halves => {}
                         }
                     }
+                    let shares = if inputs == longest {
+                        whole
+                    } else {
+                        Shares::new(runs.run_bytes(), now.len(), form.steps(inputs))
+                    };
                     for (i, tile) in now.iter().enumerate() {
-                        let steps = match form {
-                            Form::Float => inputs,
-                            Form::Quantised => inputs / SPAN * integer::SPAN_STEPS,
-                            Form::Halves => inputs / SPAN * halves::SPAN_STEPS,
-                        };
-                        let ahead = shares(next, longest, steps, (i, now.len()));
+                        if run == 0 {
+                            self.ask_for_results::<S>(pair, tile);
+                        }
+                        let ahead = shares.of(i, start);
                         let x = self.inputs.tile(*tile, run);
                         let c = sums.add((tile.first_row - base) * 2 * LANES);
                         match form {
@@ -264,11 +288,11 @@ impl Task<'_> {
                                     tile.rows,
                                     x,
                                     wide.map(|wide| wide.cast_const().cast()),
-                                    ahead,
+                                    shares.stream_of(i, start),
                                     inputs,
                                     c,
                                     2 * LANES,
-                                    run == 0,
+                                    false,
                                 );
                             }
                             Form::Quantised => {
@@ -282,23 +306,12 @@ impl Task<'_> {
                                     ahead,
                                     inputs,
                                     c,
-                                    run == 0,
                                 );
                             }
                             Form::Halves => {
-                                let w = panels.map(|(packed, panel)| {
-                                    panel.add(run / packed.block_inputs() * packed.block_bytes())
-                                });
+                                let w = runs.start(run / longest);
                                 let x = x.cast();
-                                halves::multiply_tile::<S>(
-                                    tile.rows,
-                                    x,
-                                    w,
-                                    ahead,
-                                    inputs,
-                                    c,
-                                    run == 0,
-                                );
+                                halves::multiply_tile::<S>(tile.rows, x, w, ahead, inputs, c);
                             }
                         }
                     }
@@ -330,7 +343,7 @@ impl Task<'_> {
         unsafe {
             if let [tile] = tiles {
                 let x = self.inputs.tile(*tile, 0);
-                let ahead = Ahead {
+                let ahead = Stream {
                     start: w.map(|w| w.wrapping_add(AHEAD)),
                     step: F::INPUT_BYTES,
                 };
@@ -345,12 +358,14 @@ impl Task<'_> {
                     true,
                 );
             }
+            let runs = Runs::new(panels, next_panels, inputs, RUN);
             for run in (0..inputs).step_by(RUN) {
                 let count = RUN.min(inputs - run);
                 let w = w.map(|w| w.add(run * F::INPUT_BYTES));
-                let next = place_ahead(panels, next_panels, run + RUNS_AHEAD * RUN, inputs);
+                let start = runs.start(run / RUN + RUNS_AHEAD);
+                let shares = Shares::new(runs.run_bytes(), tiles.len(), count);
                 for (i, tile) in tiles.iter().enumerate() {
-                    let ahead = shares(next, RUN, count, (i, tiles.len()));
+                    let ahead = shares.stream_of(i, start);
                     let x = self.inputs.tile(*tile, run);
                     let c = sums.add(tile.first_row * 2 * LANES);
                     interleaved_tile::<S, F, true>(
@@ -363,6 +378,22 @@ impl Task<'_> {
                         2 * LANES,
                         run == 0,
                     );
+                }
+            }
+        }
+    }
+
+    /// Asks for where the results of a tile go: each would be a cache line to wait for, with nothing
+    /// else to do but to wait in turn.
+    #[inline(always)]
+    unsafe fn ask_for_results<S: Simd>(&self, pair: (Panel, Option<Panel>), tile: &Tile) {
+        for row in tile.first_row..tile.first_row + tile.rows {
+            unsafe {
+                let out = self.out.row(row);
+                S::prefetch_far(out.add(pair.0.column).cast());
+                if let (Some(panel), false) = (pair.1, matches!(self.epilogue, Epilogue::Gated(_)))
+                {
+                    S::prefetch_far(out.add(panel.column).cast());
                 }
             }
         }

@@ -272,7 +272,7 @@ impl Part {
             true => halves::packed(tensor.dtype, in_features),
             false => Packed::Stored(tensor.dtype),
         };
-        let panel_bytes = in_features.div_ceil(packed.block_inputs()) * packed.block_bytes();
+        let panel_bytes = packed.bytes(in_features);
         let panels = out_features.div_ceil(LANES);
         let mut data = Aligned::kept(panels * panel_bytes);
         let chunks: Vec<std::sync::Mutex<&mut [u8]>> = data

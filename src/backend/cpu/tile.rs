@@ -3,7 +3,7 @@
 //! `R` rows by `P` vectors of sums stay in registers while the inputs go by; each input costs `P`
 //! loads, `R` broadcasts and `R · P` multiply-adds.
 
-use super::ahead::Ahead;
+use super::ahead::Stream;
 use super::format::Plain;
 use super::simd::{Kernel, LANES, Simd};
 use std::marker::PhantomData;
@@ -23,7 +23,7 @@ pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const ASK: bool>(
     rows: usize,
     x: *const f32,
     w: [*const u8; 2],
-    ahead: Ahead<2>,
+    ahead: Stream<2>,
     inputs: usize,
     c: *mut f32,
     c_stride: usize,
@@ -59,7 +59,7 @@ pub(super) unsafe fn interleaved_tile<S: Simd, F: Plain, const ASK: bool>(
 struct RegisterTile<F, const ASK: bool, const R: usize, const P: usize> {
     x: *const f32,
     w: [*const u8; P],
-    ahead: Ahead<P>,
+    ahead: Stream<P>,
     inputs: usize,
     c: *mut f32,
     c_stride: usize,
