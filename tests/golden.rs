@@ -237,7 +237,7 @@ fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
 }
 
 /// What a user gets, products in whole numbers where the processor has fast ones: weights and
-/// activations are off by up to 2^-15 of the greatest of 32, so a product by about 1e-4 of its size,
+/// activations are off by up to 2^-15 of the greatest of a span, so a product by about 1e-4 of its size,
 /// the sum of a few such products in a row by 3e-4, and the worst of some thousand numbers by 1e-3. A
 /// wrong scale, pair or sign is off by 1e-2 and more; so would eight bits be.
 fn whole_numbers(name: &str) {

@@ -53,7 +53,7 @@ pub struct GlobalOptions {
 
     /// Compute products in float32, weights as they are stored; else, where the processor multiplies
     /// integers fast, activations are rounded to 16 bits, and weights of 16 bits to 15 bits of the
-    /// greatest of 32
+    /// greatest of 64
     #[arg(long, global = true, help_heading = "Global options")]
     pub exact: bool,
 

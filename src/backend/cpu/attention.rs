@@ -362,7 +362,7 @@ unsafe fn attend<S: Simd>(
             let until = end.min((page + 1) * page_lines);
             for line in line - page * page_lines..until - page * page_lines {
                 let line = next_pages[page].wrapping_add(line * LANES);
-                unsafe { S::prefetch(line.cast()) };
+                unsafe { S::prefetch_far(line.cast()) };
             }
             line = until;
         }
