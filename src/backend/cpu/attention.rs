@@ -220,8 +220,16 @@ impl Kernel for Task<'_> {
                 let rows = S::TILE_ROWS.min(queries - first);
                 interleave(shape, first, rows, query, state.tiles);
             }
+            let own = |piece: usize| match run.pieces.get(piece) {
+                Some(&(segment, ..)) => &group.segments[segment].pages[..],
+                None => &[],
+            };
             for block in (0..group.prefix_len).step_by(BLOCK) {
                 let end = group.prefix_len.min(block + BLOCK);
+                let next = match end < group.prefix_len {
+                    true => block_pages(&group.prefix, end),
+                    false => block_pages(own(0), 0),
+                };
                 for first in (0..queries).step_by(S::TILE_ROWS) {
                     let rows = S::TILE_ROWS.min(queries - first);
                     let span = |i: usize| {
@@ -240,15 +248,15 @@ impl Kernel for Task<'_> {
                         &group.prefix,
                         block,
                         end,
-                        share,
+                        (next, share),
                         &mut state,
                     );
                 }
             }
             // Each sequence's own tokens, up to the query's own.
             let mut done = 0;
-            for &(segment, _, rows) in &run.pieces {
-                let pages = &group.segments[segment].pages;
+            for (piece, &(_, _, rows)) in run.pieces.iter().enumerate() {
+                let pages = own(piece);
                 let (begin, after) = (done * per_row, (done + rows) * per_row);
                 for first in (begin..after).step_by(S::TILE_ROWS) {
                     let rows = S::TILE_ROWS.min(after - first);
@@ -261,6 +269,10 @@ impl Kernel for Task<'_> {
                     interleave(shape, first, rows, query, state.tiles);
                     for block in (0..seen).step_by(BLOCK) {
                         let end = seen.min(block + BLOCK);
+                        let next = match end < seen {
+                            true => block_pages(pages, end),
+                            false => block_pages(own(piece + 1), 0),
+                        };
                         attend::<S>(
                             shape,
                             first,
@@ -270,7 +282,7 @@ impl Kernel for Task<'_> {
                             pages,
                             block,
                             end,
-                            (0, 1),
+                            (next, (0, 1)),
                             &mut state,
                         );
                     }
@@ -318,10 +330,16 @@ fn interleave<'q>(
     }
 }
 
+/// The pages of the block of keys that begins there, as many as there are.
+fn block_pages(pages: &[PageId], block: usize) -> &[PageId] {
+    let pages = &pages[block / PAGE_LEN..];
+    &pages[..pages.len().min(BLOCK / PAGE_LEN)]
+}
+
 /// Takes the keys `block..end` of `pages` into the softmax of the queries `first .. first + rows`,
-/// which [`interleave`] has laid out, and of which query i sees the keys `span(i)`. Asks for `share`
-/// (which one, of how many) of the next block's keys and values meanwhile: for a few queries the time is
-/// all in waiting for memory.
+/// which [`interleave`] has laid out, and of which query i sees the keys `span(i)`. Asks for a `share`
+/// (which one, of how many) of the keys and values of `next` meanwhile: for a few queries the time is all
+/// in waiting for memory.
 #[allow(clippy::too_many_arguments)]
 #[inline(always)]
 unsafe fn attend<S: Simd>(
@@ -333,15 +351,14 @@ unsafe fn attend<S: Simd>(
     pages: &[PageId],
     block: usize,
     end: usize,
-    share: (usize, usize),
+    (next, share): (&[PageId], (usize, usize)),
     state: &mut State,
 ) {
     if (0..rows).all(|i| span(i).1 <= block || span(i).0 >= end) {
         return;
     }
     let padded = shape.head_dim.next_multiple_of(LANES);
-    let (pages, next) =
-        pages[block / PAGE_LEN..].split_at(end.div_ceil(PAGE_LEN) - block / PAGE_LEN);
+    let pages = &pages[block / PAGE_LEN..end.div_ceil(PAGE_LEN)];
     // Of a page keys and values lie side by side.
     let mut next_pages = [std::ptr::null(); BLOCK / PAGE_LEN];
     let mut next_lines = 0;
