@@ -65,7 +65,7 @@ pub(super) fn pack_row(dtype: Dtype, row: &[u8], lane: usize, panel: &mut [u8]) 
         block[4 * lane..][..4].copy_from_slice(&scale.unwrap_or(0.0).to_le_bytes());
         // Too small for a scale: zeros.
         let inverse = scale.map_or(0.0, |scale| 1.0 / scale);
-        let codes = numbers.map(|x| code(x * inverse));
+        let codes = numbers.map(|x| whole(x * inverse));
         let words = block[HALVES_CODES..].chunks_exact_mut(4 * LANES);
         for (word, pair) in words.zip(codes.chunks_exact(2)) {
             let pair = pair[0] as u32 & 0xffff | (pair[1] as u32) << 16;
@@ -139,7 +139,7 @@ impl Kernel for Quantise<'_> {
 
 /// To the nearest whole number, ties to even, of numbers within ±2^22: what the compiler has a vector
 /// for on every processor.
-fn code(x: f32) -> i32 {
+pub(super) fn whole(x: f32) -> i32 {
     const MAGIC: f32 = (3 << 22) as f32;
     (x + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
 }

@@ -20,6 +20,7 @@
 
 use super::ahead::Share;
 use super::format::{CodeLayout, Codes, Packed, QUADS, SPAN, UNIT};
+use super::halves::whole;
 use super::inputs::Normed;
 use super::integer_tile::{add_four, add_scaled};
 use super::matrix::with_format;
@@ -35,6 +36,9 @@ const SCALE: usize = 2 * QUADS;
 const SCALED_SUM: usize = 2 * QUADS + 1;
 /// and Σ z of the lower and of the upper half of the span (i32).
 const HALF_SUMS: usize = 2 * QUADS + 2;
+/// Spans whose greatest numbers are looked for before any is quantised: of one span after the other each
+/// step would wait for the one before.
+pub(super) const TOGETHER: usize = 8;
 /// The greatest z: its high byte is 127.
 const GREATEST: f32 = 127.0 * 256.0;
 
@@ -75,16 +79,33 @@ impl Kernel for Quantise<'_> {
         // SAFETY: a row of `width` numbers, whole spans; `out` has room for as many.
         unsafe {
             let norm_scale = S::splat(self.row.scale::<S>());
-            for span in 0..self.row.width / SPAN {
-                let first = self.row.normed::<S>(norm_scale, span * SPAN);
-                let second = self.row.normed::<S>(norm_scale, span * SPAN + LANES);
-                let words = quantise::<S>([first, second]);
-                let out = self.out.add(span * SPAN_WORDS * self.rows + self.i);
-                for (index, word) in words.into_iter().enumerate() {
-                    *out.add(index * self.rows) = word;
+            let spans = self.row.width / SPAN;
+            for first in (0..spans).step_by(TOGETHER) {
+                let span = |i: usize| first + i;
+                let count = TOGETHER.min(spans - first);
+                let mut greatest = [0.0; TOGETHER];
+                for (i, greatest) in greatest.iter_mut().enumerate().take(count) {
+                    let x = span_numbers::<S>(&self.row, norm_scale, span(i));
+                    *greatest = S::greatest(S::max(magnitude::<S>(x[0]), magnitude::<S>(x[1])));
+                }
+                for (i, greatest) in greatest.into_iter().enumerate().take(count) {
+                    let x = span_numbers::<S>(&self.row, norm_scale, span(i));
+                    let words = quantise::<S>(x, greatest);
+                    let out = self.out.add(span(i) * SPAN_WORDS * self.rows + self.i);
+                    for (index, word) in words.into_iter().enumerate() {
+                        *out.add(index * self.rows) = word;
+                    }
                 }
             }
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn span_numbers<S: Simd>(row: &Normed, norm_scale: S::V, span: usize) -> [S::V; 2] {
+    unsafe {
+        let first = row.normed::<S>(norm_scale, span * SPAN);
+        [first, row.normed::<S>(norm_scale, span * SPAN + LANES)]
     }
 }
 
@@ -98,11 +119,9 @@ pub(super) unsafe fn magnitude<S: Simd>(x: S::V) -> S::V {
 
 /// The words of a span.
 #[inline(always)]
-unsafe fn quantise<S: Simd>(x: [S::V; 2]) -> [u32; SPAN_WORDS] {
+unsafe fn quantise<S: Simd>(x: [S::V; 2], greatest: f32) -> [u32; SPAN_WORDS] {
     let mut words = [0; SPAN_WORDS];
     unsafe {
-        let magnitudes = [magnitude::<S>(x[0]), magnitude::<S>(x[1])];
-        let greatest = S::greatest(S::max(magnitudes[0], magnitudes[1]));
         let scale = greatest / GREATEST;
         // Nothing but zeros, or too small for a scale: zeros.
         let inverse = match scale >= f32::MIN_POSITIVE {
@@ -129,15 +148,17 @@ unsafe fn quantise<S: Simd>(x: [S::V; 2]) -> [u32; SPAN_WORDS] {
         if as_halves {
             // Of four inputs the first and the third, then the second and the fourth: see `quad_halves`.
             for quad in words[..2 * QUADS].chunks_exact_mut(2) {
-                let [low, high] = [quad[0], quad[1]];
-                quad[0] = low & 0xffff | high << 16;
-                quad[1] = low >> 16 | high & 0xffff_0000;
+                let four = u64::from(quad[0]) | u64::from(quad[1]) << 32;
+                let second = four << 16 & 0xffff_0000_0000;
+                let third = four >> 16 & 0xffff_0000;
+                let four = four & 0xffff_0000_0000_ffff | second | third;
+                [quad[0], quad[1]] = [four as u32, (four >> 32) as u32];
             }
         }
         words[SCALE] = scale.to_bits();
         words[SCALED_SUM] = (scale * (sums[0] + sums[1])).to_bits();
         for (word, sum) in words[HALF_SUMS..].iter_mut().zip(sums) {
-            *word = sum as i32 as u32;
+            *word = whole(sum) as u32;
         }
     }
     words
