@@ -16,7 +16,7 @@
 //!
 //! What is float32 is one chain along the spans, the same for one row and for many.
 
-use super::ahead::Share;
+use super::ahead::{Runs, Share};
 use super::format::{Format, HALVES_CODES, HALVES_SPAN, Halves, Packed};
 use super::inputs::Normed;
 use super::integer::{magnitude, splat};
@@ -40,8 +40,8 @@ const GREATEST: f32 = 16383.0;
 const GREATEST_SUM: f32 = ((1 << 17) - SPAN / 2) as f32;
 /// Inputs multiplied at a time, at most: 2 panels × 256 × 33 bytes = 17 KiB.
 pub(super) const RUN: usize = 256;
-/// Bytes ahead in each of a single row's streams that are asked for, into the second-level cache.
-const AHEAD: usize = 4096;
+/// Spans ahead in each of a single row's streams that are asked for, into the second-level cache: 4 KB.
+const SPANS_AHEAD: usize = 2;
 
 /// Inputs multiplied at a time with so many tiles, whole blocks. Few tiles, which memory is slower than,
 /// take turns more often: while the second is multiplied memory goes on with what the first has asked for.
@@ -146,41 +146,45 @@ pub(super) fn whole(x: f32) -> i32 {
 
 /// One row times two panels, side by side: of two streams through memory more is on its way.
 struct Gemv {
-    panels: [*const u8; 2],
+    /// Of a span each.
+    runs: Runs,
     x: *const u32,
-    width: usize,
+    spans: usize,
     sums: *mut f32,
 }
 
 impl Kernel for Gemv {
     type Output = ();
+    // Indices name panels of several arrays at once.
+    #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // Chains of whole numbers for each panel, for none to wait for another.
         const CHAINS: usize = 2;
         unsafe {
             let mut acc = [S::splat(0.0); 2];
-            for span in 0..self.width / SPAN {
-                let block = span * Halves::BLOCK_BYTES;
+            for span in 0..self.spans {
+                let blocks = self.runs.start(span);
+                let ahead = self.runs.start(span + SPANS_AHEAD);
                 let x = self.x.add(span * SPAN_WORDS);
+                for ahead in ahead {
+                    S::prefetch_far(ahead);
+                }
                 let mut dots = [[S::splat_i32(0); CHAINS]; 2];
                 for step in 0..SPAN_STEPS {
                     let z = S::splat_i32(*x.add(step) as i32);
-                    for (panel, dots) in self.panels.iter().zip(&mut dots) {
-                        let word = panel
-                            .add(block + HALVES_CODES)
-                            .cast::<u32>()
-                            .add(step * LANES);
-                        S::prefetch_far(word.cast::<u8>().wrapping_add(AHEAD));
-                        let dot = &mut dots[step % CHAINS];
-                        *dot = S::dot2(*dot, S::load_u32(word), z);
+                    let at = HALVES_CODES + step * 4 * LANES;
+                    for p in 0..2 {
+                        S::prefetch_far(ahead[p].wrapping_add(at));
+                        let word = S::load_u32(blocks[p].add(at).cast());
+                        dots[p][step % CHAINS] = S::dot2(dots[p][step % CHAINS], word, z);
                     }
                 }
                 let x_scale = splat::<S>(x.add(SCALE));
-                for ((panel, dots), acc) in self.panels.iter().zip(dots).zip(&mut acc) {
-                    let scale = S::load(panel.add(block).cast());
-                    let dot = S::to_f32(S::add_i32(dots[0], dots[1]));
-                    *acc = S::fma(dot, S::mul(scale, x_scale), *acc);
+                for p in 0..2 {
+                    let scale = S::mul(S::load(blocks[p].cast()), x_scale);
+                    let dot = S::to_f32(S::add_i32(dots[p][0], dots[p][1]));
+                    acc[p] = S::fma(dot, scale, acc[p]);
                 }
             }
             for (p, acc) in acc.into_iter().enumerate() {
@@ -190,22 +194,23 @@ impl Kernel for Gemv {
     }
 }
 
-/// The sixteen sums of one row with each of two panels.
+/// The sixteen sums of one row with each of two panels, while those of `next` are asked for.
 ///
 /// # Safety
 /// As [`Simd`]; packed panels of `width` inputs, and as many of a row of halves at `x`.
 #[inline(always)]
 pub(super) unsafe fn gemv<S: Simd>(
-    panels: [*const u8; 2],
+    panels: [(Packed, *const u8); 2],
+    next: Option<[(Packed, *const u8); 2]>,
     x: *const u32,
     width: usize,
     sums: *mut f32,
 ) {
     unsafe {
         S::call(Gemv {
-            panels,
+            runs: Runs::new(panels, next, width, SPAN),
             x,
-            width,
+            spans: width / SPAN,
             sums,
         })
     }

@@ -121,7 +121,7 @@ impl Kernel for Task<'_> {
                 self.one_row::<S>();
             } else {
                 for (i, &pair) in self.pairs.iter().enumerate() {
-                    self.many_rows::<S>(pair, self.pairs.get(i + 1).copied().or(self.next_task));
+                    self.many_rows::<S>(pair, self.pair_behind(i));
                 }
             }
         }
@@ -135,7 +135,7 @@ impl Task<'_> {
         let width = self.inputs.in_features();
         let form = self.inputs.form();
         if form != Form::Float {
-            for &pair in self.pairs {
+            for (i, &pair) in self.pairs.iter().enumerate() {
                 let mut sums = [[0.0f32; LANES]; 2];
                 let x = x.cast();
                 // SAFETY: packed panels of `width` inputs; x has as many.
@@ -143,8 +143,8 @@ impl Task<'_> {
                     let panels = self.both(pair);
                     match form {
                         Form::Halves => {
-                            let panels = panels.map(|(_, panel)| panel);
-                            halves::gemv::<S>(panels, x, width, sums.as_mut_ptr().cast());
+                            let next = self.pair_behind(i).map(|pair| self.both(pair));
+                            halves::gemv::<S>(panels, next, x, width, sums.as_mut_ptr().cast());
                         }
                         _ => {
                             for (panel, sums) in panels.into_iter().zip(&mut sums) {
@@ -187,6 +187,11 @@ impl Task<'_> {
                 }
             }
         }
+    }
+
+    /// What this thread computes after pair `i`, or will probably.
+    fn pair_behind(&self, i: usize) -> Option<(Panel, Option<Panel>)> {
+        self.pairs.get(i + 1).copied().or(self.next_task)
     }
 
     /// Where the panels of a pair lie; of one alone, twice the same.
