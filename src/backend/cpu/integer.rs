@@ -176,17 +176,18 @@ unsafe fn quad_halves<S: Simd>(quad: S::I) -> [S::I; 2] {
     }
 }
 
-/// One quantised row times one panel: a single stream through memory, which panels that follow each
-/// other continue, so that the processor runs ahead of it.
+/// One quantised row times one panel: a single stream through memory.
 struct Gemv<F> {
     panel: *const u8,
+    /// The panel that comes then.
+    next: *const u8,
     x: *const u32,
     width: usize,
     sums: *mut f32,
     format: PhantomData<F>,
 }
 
-/// Bytes ahead in the stream that are asked for.
+/// Bytes ahead in the stream that are asked for, into the second-level cache: at most a panel.
 const AHEAD: usize = 8192;
 
 impl<F: Codes> Kernel for Gemv<F> {
@@ -196,11 +197,17 @@ impl<F: Codes> Kernel for Gemv<F> {
         unsafe {
             let mut acc = S::splat(0.0);
             let span_bytes = F::BLOCK_BYTES / F::LAYOUT.spans;
+            let panel_bytes = self.width / F::BLOCK_INPUTS * F::BLOCK_BYTES;
+            let ahead = AHEAD.min(panel_bytes);
             for block in 0..self.width / F::BLOCK_INPUTS {
                 let packed = self.panel.add(block * F::BLOCK_BYTES);
                 for span in 0..F::LAYOUT.spans {
                     let x = self.x.add((block * F::LAYOUT.spans + span) * SPAN_WORDS);
-                    let next = packed.wrapping_add(span * span_bytes + AHEAD);
+                    let place = block * F::BLOCK_BYTES + span * span_bytes + ahead;
+                    let next = match place.checked_sub(panel_bytes) {
+                        None => self.panel.wrapping_add(place),
+                        Some(behind) => self.next.wrapping_add(behind),
+                    };
                     for line in (0..span_bytes).step_by(64) {
                         S::prefetch_far(next.wrapping_add(line));
                     }
@@ -266,22 +273,28 @@ unsafe fn start(span: *const u32, rows: usize, row: usize, part: usize, layout: 
     -layout.middle() * sum
 }
 
-/// [`Gemv`], the format chosen at run time: sixteen sums.
+/// [`Gemv`], the format chosen at run time: sixteen sums for each of two panels, `next` those that come
+/// then.
 ///
 /// # Safety
-/// As [`Simd`]; a packed panel of `width` inputs, and as many quantised ones at `x`.
+/// As [`Simd`]; packed panels of `width` inputs, and as many quantised ones at `x`.
 #[inline(always)]
 pub(super) unsafe fn gemv<S: Simd>(
-    (packed, panel): (Packed, *const u8),
+    panels: [(Packed, *const u8); 2],
+    next: Option<[(Packed, *const u8); 2]>,
     x: *const u32,
     width: usize,
     sums: *mut f32,
 ) {
-    // SAFETY: passed on.
-    unsafe {
-        with_format!(codes packed,
-            F => S::call(Gemv::<F> { panel, x, width, sums, format: PhantomData }),
-            else unreachable!("only codes are multiplied as whole numbers"))
+    let next = [panels[1].1, next.unwrap_or(panels)[0].1];
+    for (p, ((packed, panel), next)) in panels.into_iter().zip(next).enumerate() {
+        // SAFETY: passed on.
+        unsafe {
+            let sums = sums.add(p * LANES);
+            with_format!(codes packed,
+                F => S::call(Gemv::<F> { panel, next, x, width, sums, format: PhantomData }),
+                else unreachable!("only codes are multiplied as whole numbers"))
+        }
     }
 }
 

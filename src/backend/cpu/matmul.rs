@@ -141,16 +141,11 @@ impl Task<'_> {
                 // SAFETY: packed panels of `width` inputs; x has as many.
                 unsafe {
                     let panels = self.both(pair);
+                    let next = self.pair_behind(i).map(|pair| self.both(pair));
+                    let out = sums.as_mut_ptr().cast();
                     match form {
-                        Form::Halves => {
-                            let next = self.pair_behind(i).map(|pair| self.both(pair));
-                            halves::gemv::<S>(panels, next, x, width, sums.as_mut_ptr().cast());
-                        }
-                        _ => {
-                            for (panel, sums) in panels.into_iter().zip(&mut sums) {
-                                integer::gemv::<S>(panel, x, width, sums.as_mut_ptr());
-                            }
-                        }
+                        Form::Halves => halves::gemv::<S>(panels, next, x, width, out),
+                        _ => integer::gemv::<S>(panels, next, x, width, out),
                     }
                     self.finish::<S>(pair, 0, sums.as_ptr().cast());
                 }
