@@ -216,7 +216,8 @@ pub(super) unsafe fn gemv<S: Simd>(
     }
 }
 
-/// Adds a tile's products with a run of two panels to `c[row][2][16]`. `ahead` is asked for on the way, [`SPAN_STEPS`] a span.
+/// Adds a tile's products with a run of two panels to `c[row][2][16]`. `ahead` is asked for on
+/// the way, [`SPAN_STEPS`] a span.
 ///
 /// # Safety
 /// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, `w` two panels from

@@ -81,17 +81,16 @@ impl Kernel for Quantise<'_> {
             let norm_scale = S::splat(self.row.scale::<S>());
             let spans = self.row.width / SPAN;
             for first in (0..spans).step_by(TOGETHER) {
-                let span = |i: usize| first + i;
                 let count = TOGETHER.min(spans - first);
                 let mut greatest = [0.0; TOGETHER];
                 for (i, greatest) in greatest.iter_mut().enumerate().take(count) {
-                    let x = span_numbers::<S>(&self.row, norm_scale, span(i));
+                    let x = span_numbers::<S>(&self.row, norm_scale, first + i);
                     *greatest = S::greatest(S::max(magnitude::<S>(x[0]), magnitude::<S>(x[1])));
                 }
                 for (i, greatest) in greatest.into_iter().enumerate().take(count) {
-                    let x = span_numbers::<S>(&self.row, norm_scale, span(i));
+                    let x = span_numbers::<S>(&self.row, norm_scale, first + i);
                     let words = quantise::<S>(x, greatest);
-                    let out = self.out.add(span(i) * SPAN_WORDS * self.rows + self.i);
+                    let out = self.out.add((first + i) * SPAN_WORDS * self.rows + self.i);
                     for (index, word) in words.into_iter().enumerate() {
                         *out.add(index * self.rows) = word;
                     }
@@ -376,7 +375,8 @@ pub(super) unsafe fn unpack<S: Simd>(
 /// Steps of a tile's loop that a span takes.
 pub(super) const SPAN_STEPS: usize = 2 * QUADS;
 
-/// Adds a tile's products with two unpacked panels to `c[row][2][16]`. `ahead` is asked for on the way, [`SPAN_STEPS`] a span.
+/// Adds a tile's products with two unpacked panels to `c[row][2][16]`. `ahead` is asked for on
+/// the way, [`SPAN_STEPS`] a span.
 ///
 /// # Safety
 /// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, `wide` runs
