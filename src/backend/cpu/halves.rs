@@ -18,7 +18,7 @@
 
 use super::ahead::{Runs, Share};
 use super::format::{Format, HALVES_CODES, HALVES_SPAN, Halves, Packed};
-use super::inputs::Normed;
+use super::inputs::{Normed, Place};
 use super::integer::{magnitude, splat};
 use super::integer_tile::{add_four, add_scaled};
 use super::simd::{Kernel, LANES, Simd};
@@ -91,12 +91,10 @@ fn activation_scale(greatest: f32, sum: f32) -> f32 {
     (greatest / f32::from(i16::MAX)).max(sum / GREATEST_SUM)
 }
 
-/// Makes halves of a row in its place of a tile `[spans][SPAN_WORDS][rows of the tile]`.
+/// Makes halves of a row, [`SPAN_WORDS`] a span.
 pub(super) struct Quantise<'a> {
     pub row: Normed<'a>,
-    pub out: *mut u32,
-    pub i: usize,
-    pub rows: usize,
+    pub place: Place,
 }
 
 impl Kernel for Quantise<'_> {
@@ -104,7 +102,7 @@ impl Kernel for Quantise<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         const VECTORS: usize = SPAN / LANES;
-        // SAFETY: a row of `width` numbers, whole spans; `out` has room for as many.
+        // SAFETY: a row of `width` numbers, whole spans; the tile has room for as many.
         unsafe {
             let norm_scale = S::splat(self.row.scale::<S>());
             for span in 0..self.row.width / SPAN {
@@ -128,10 +126,7 @@ impl Kernel for Quantise<'_> {
                     S::store_low_halves(place.cast(), S::to_i32(S::mul(x, S::splat(inverse))));
                 }
                 words[SCALE] = scale.to_bits();
-                let out = self.out.add(span * SPAN_WORDS * self.rows + self.i);
-                for (index, word) in words.into_iter().enumerate() {
-                    *out.add(index * self.rows) = word;
-                }
+                self.place.put(span, words);
             }
         }
     }

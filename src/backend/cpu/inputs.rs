@@ -136,6 +136,11 @@ impl Inputs {
                         norm,
                     };
                     let rows = tile.rows;
+                    let place = Place {
+                        tile: out.cast(),
+                        index: i,
+                        rows,
+                    };
                     match form {
                         Form::Float => isa.dispatch(Interleave {
                             row,
@@ -144,18 +149,8 @@ impl Inputs {
                             i,
                             rows,
                         }),
-                        Form::Quantised => isa.dispatch(integer::Quantise {
-                            row,
-                            out: out.cast(),
-                            i,
-                            rows,
-                        }),
-                        Form::Halves => isa.dispatch(halves::Quantise {
-                            row,
-                            out: out.cast(),
-                            i,
-                            rows,
-                        }),
+                        Form::Quantised => isa.dispatch(integer::Quantise { row, place }),
+                        Form::Halves => isa.dispatch(halves::Quantise { row, place }),
                     }
                 }
             }
@@ -195,6 +190,29 @@ impl Inputs {
         };
         let at = tile.first_row * self.row_words() + before * tile.rows;
         self.data.as_f32()[at..].as_ptr()
+    }
+}
+
+/// A row's place in a tile of whole numbers, `[spans][words of a span][rows of the tile]`.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub tile: *mut u32,
+    /// Of the row in the tile.
+    pub index: usize,
+    pub rows: usize,
+}
+
+impl Place {
+    /// # Safety
+    /// The tile must have the span, of so many words.
+    #[inline(always)]
+    pub unsafe fn put<const WORDS: usize>(self, span: usize, words: [u32; WORDS]) {
+        unsafe {
+            let out = self.tile.add(span * WORDS * self.rows + self.index);
+            for (index, word) in words.into_iter().enumerate() {
+                *out.add(index * self.rows) = word;
+            }
+        }
     }
 }
 

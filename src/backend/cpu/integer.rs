@@ -21,7 +21,7 @@
 use super::ahead::Share;
 use super::format::{CodeLayout, Codes, Packed, QUADS, SPAN, UNIT};
 use super::halves::whole;
-use super::inputs::Normed;
+use super::inputs::{Normed, Place};
 use super::integer_tile::{add_four, add_scaled};
 use super::matrix::with_format;
 use super::simd::{Kernel, LANES, Products, Simd};
@@ -64,19 +64,17 @@ const fn wide_minimum<S: Simd>() -> usize {
 /// Words of a run of a panel, at most.
 pub(super) const WIDE_RUN: usize = RUN / SPAN * (2 * QUADS + 3) * LANES;
 
-/// Quantises a row into its place of a tile `[spans][SPAN_WORDS][rows of the tile]`.
+/// Quantises a row, [`SPAN_WORDS`] a span.
 pub(super) struct Quantise<'a> {
     pub row: Normed<'a>,
-    pub out: *mut u32,
-    pub i: usize,
-    pub rows: usize,
+    pub place: Place,
 }
 
 impl Kernel for Quantise<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: a row of `width` numbers, whole spans; `out` has room for as many.
+        // SAFETY: a row of `width` numbers, whole spans; the tile has room for as many.
         unsafe {
             let norm_scale = S::splat(self.row.scale::<S>());
             let spans = self.row.width / SPAN;
@@ -89,11 +87,7 @@ impl Kernel for Quantise<'_> {
                 }
                 for (i, greatest) in greatest.into_iter().enumerate().take(count) {
                     let x = span_numbers::<S>(&self.row, norm_scale, first + i);
-                    let words = quantise::<S>(x, greatest);
-                    let out = self.out.add((first + i) * SPAN_WORDS * self.rows + self.i);
-                    for (index, word) in words.into_iter().enumerate() {
-                        *out.add(index * self.rows) = word;
-                    }
+                    self.place.put(first + i, quantise::<S>(x, greatest));
                 }
             }
         }
