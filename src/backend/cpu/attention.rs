@@ -3,26 +3,27 @@
 //! A task is one kv head and a run of a group's rows: with grouped heads, `rows × heads / kv_heads`
 //! queries that read the same keys. Keys are taken in blocks of [`BLOCK`]; a block of the prefix is
 //! read from memory once and used for every tile of queries of the task, then each sequence goes on
-//! through its own pages. Scores and weighted values are the matmul's register tile; the softmax is
-//! the online one (Milakov & Gimelshein 2018), its maximum and sum carried along the blocks.
+//! through its own pages. Both products are register tiles, in float32 (`attention_float.rs`) or in whole
+//! numbers (`attention_halves.rs`); the softmax is the online one (Milakov & Gimelshein 2018), its maximum and sum carried along the blocks.
 //!
 //! Blocks are counted from the start of the prefix and of a sequence's own tokens, so what a query
 //! adds up, and in which order, does not depend on the rest of the batch.
 
-use super::ahead::Stream;
-use super::format::F32;
-use super::kv_cache::KvCache;
+use super::attention_float::Floats;
+use super::attention_halves::Halves;
+use super::kv_cache::{Form, KvCache};
 use super::matmul::tanh;
 use super::rows::{Aligned, Rows, SharedRows};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
-use super::tile::interleaved_tile;
-use super::value_tile::value_tile;
 use crate::backend::{Batch, PAGE_LEN, PageId};
 use std::cell::RefCell;
+use std::marker::PhantomData;
 
 /// Keys between two updates of the running maximum.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
+/// Pages of a block.
+pub(super) const PAGES: usize = BLOCK / PAGE_LEN;
 /// Queries of a task: their outputs (64 × 4 bytes each, typically) stay in the second-level cache.
 const MAX_QUERIES: usize = 96;
 
@@ -89,6 +90,54 @@ pub struct Shape {
     pub window: Option<usize>,
 }
 
+/// What keys, values, queries and weights are multiplied as.
+///
+/// # Safety
+/// Methods as those of [`Simd`]; pages are those of a [`KvCache`] of the same form.
+pub(super) trait Numbers {
+    /// Queries of a tile, at most.
+    fn most_rows<S: Simd>() -> usize;
+
+    /// Words of 32 bits that a query takes in a tile.
+    fn query_words(head_dim: usize) -> usize;
+
+    /// Puts a query, scaled, into its place of a tile: which row, of how many.
+    unsafe fn put_query<S: Simd>(
+        query: &[f32],
+        scale: f32,
+        place: (usize, usize),
+        tile: &mut [u32],
+    );
+
+    /// The scores of a tile of queries with the keys of pages, side by side; rows are [`BLOCK`] apart.
+    unsafe fn scores<S: Simd>(
+        rows: usize,
+        tile: *const u32,
+        pages: &[*const u32],
+        head_dim: usize,
+        scores: *mut f32,
+    );
+
+    /// Puts the weights of a query where [`Numbers::add_values`] reads them; it has none but for the keys
+    /// from the first to before the second of `keys`.
+    unsafe fn put_weights<S: Simd>(
+        weights: [S::V; PAGES],
+        values: &[*const u32],
+        keys: (usize, usize),
+        place: *mut f32,
+    );
+
+    /// Adds the values of a block's `keys` keys, weighted, to `values[row]`, of `padded` numbers each.
+    unsafe fn add_values<S: Simd>(
+        rows: usize,
+        weights: *const f32,
+        pages: &[*const u32],
+        keys: usize,
+        values: *mut f32,
+        padded: usize,
+    );
+}
+
 thread_local! {
     static SCRATCH: RefCell<Aligned> = RefCell::new(Aligned::zeroed(0));
 }
@@ -111,21 +160,30 @@ pub fn attention(
         let run = &plan.runs[plan.runs.len() - 1 - task / shape.kv_heads];
         let kv_head = task % shape.kv_heads;
         SCRATCH.with_borrow_mut(|scratch| {
-            isa.dispatch(Task {
-                batch,
-                run,
-                shape,
-                kv_head,
-                qkv,
-                kv,
-                out,
-                scratch,
-            });
+            macro_rules! task {
+                ($numbers:ty) => {
+                    isa.dispatch(Task::<$numbers> {
+                        batch,
+                        run,
+                        shape,
+                        kv_head,
+                        qkv,
+                        kv,
+                        out,
+                        scratch,
+                        numbers: PhantomData,
+                    })
+                };
+            }
+            match kv.form() {
+                Form::Float => task!(Floats),
+                Form::Halves => task!(Halves),
+            }
         });
     });
 }
 
-struct Task<'a> {
+struct Task<'a, N> {
     batch: &'a Batch,
     run: &'a Run,
     shape: Shape,
@@ -134,6 +192,7 @@ struct Task<'a> {
     kv: &'a KvCache,
     out: SharedRows,
     scratch: &'a mut Aligned,
+    numbers: PhantomData<N>,
 }
 
 /// The running softmax of the task's queries, and room to work in.
@@ -142,13 +201,13 @@ struct State<'a> {
     values: &'a mut [f32],
     maximum: &'a mut [f32],
     sum: &'a mut [f32],
-    /// Queries, scaled: tile after tile, in each `[head_dim][rows of the tile]`.
-    tiles: &'a mut [f32],
-    /// `[rows of the tile][BLOCK]`.
+    /// Queries, scaled: tile after tile, in each `[words of a query][rows of the tile]`.
+    tiles: &'a mut [u32],
+    /// `[rows of the tile][BLOCK]`, then their weights.
     scores: &'a mut [f32],
 }
 
-impl Kernel for Task<'_> {
+impl<N: Numbers> Kernel for Task<'_, N> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
@@ -161,7 +220,9 @@ impl Kernel for Task<'_> {
             kv,
             out,
             scratch,
+            numbers: _,
         } = self;
+        let most_rows = N::most_rows::<S>();
         let per_row = shape.heads / shape.kv_heads;
         let padded = shape.head_dim.next_multiple_of(LANES);
         let queries = run.rows * per_row;
@@ -169,8 +230,8 @@ impl Kernel for Task<'_> {
             queries * padded,
             queries,
             queries,
-            queries * shape.head_dim,
-            S::TILE_ROWS * BLOCK,
+            queries * N::query_words(shape.head_dim),
+            most_rows * BLOCK,
         ];
         let needed: usize = sizes.iter().map(|size| size.next_multiple_of(LANES)).sum();
         if scratch.len() < needed * 4 {
@@ -186,6 +247,9 @@ impl Kernel for Task<'_> {
         values.fill(0.0);
         maximum.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
+        // SAFETY: the same memory; every bit pattern is a word.
+        let tiles =
+            unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len()) };
         let mut state = State {
             values,
             maximum,
@@ -216,9 +280,9 @@ impl Kernel for Task<'_> {
         };
         unsafe {
             // The shared prefix: every query sees all of it, but for the window.
-            for first in (0..queries).step_by(S::TILE_ROWS) {
-                let rows = S::TILE_ROWS.min(queries - first);
-                interleave(shape, first, rows, query, state.tiles);
+            for first in (0..queries).step_by(most_rows) {
+                let rows = most_rows.min(queries - first);
+                interleave::<S, N>(shape, first, rows, query, state.tiles);
             }
             let own = |piece: usize| match run.pieces.get(piece) {
                 Some(&(segment, ..)) => &group.segments[segment].pages[..],
@@ -230,16 +294,16 @@ impl Kernel for Task<'_> {
                     true => block_pages(&group.prefix, end),
                     false => block_pages(own(0), 0),
                 };
-                for first in (0..queries).step_by(S::TILE_ROWS) {
-                    let rows = S::TILE_ROWS.min(queries - first);
+                for first in (0..queries).step_by(most_rows) {
+                    let rows = most_rows.min(queries - first);
                     let span = |i: usize| {
                         let low = shape
                             .window
                             .map_or(0, |window| (position(first + i) + 1).saturating_sub(window));
                         (low, group.prefix_len)
                     };
-                    let share = (first / S::TILE_ROWS, queries.div_ceil(S::TILE_ROWS));
-                    attend::<S>(
+                    let share = (first / most_rows, queries.div_ceil(most_rows));
+                    attend::<S, N>(
                         shape,
                         first,
                         rows,
@@ -258,22 +322,22 @@ impl Kernel for Task<'_> {
             for (piece, &(_, _, rows)) in run.pieces.iter().enumerate() {
                 let pages = own(piece);
                 let (begin, after) = (done * per_row, (done + rows) * per_row);
-                for first in (begin..after).step_by(S::TILE_ROWS) {
-                    let rows = S::TILE_ROWS.min(after - first);
+                for first in (begin..after).step_by(most_rows) {
+                    let rows = most_rows.min(after - first);
                     let seen = position(first + rows - 1) + 1 - group.prefix_len;
                     let span = |i: usize| {
                         let own = position(first + i) + 1;
                         let low = shape.window.map_or(0, |window| own.saturating_sub(window));
                         (low.saturating_sub(group.prefix_len), own - group.prefix_len)
                     };
-                    interleave(shape, first, rows, query, state.tiles);
+                    interleave::<S, N>(shape, first, rows, query, state.tiles);
                     for block in (0..seen).step_by(BLOCK) {
                         let end = seen.min(block + BLOCK);
                         let next = match end < seen {
                             true => block_pages(pages, end),
                             false => block_pages(own(piece + 1), 0),
                         };
-                        attend::<S>(
+                        attend::<S, N>(
                             shape,
                             first,
                             rows,
@@ -315,25 +379,25 @@ struct Keys<'a> {
 /// Lays the tile of queries `first .. first + rows` out as the register tile reads it, scaled: once,
 /// for all blocks of keys that it will meet.
 #[inline(always)]
-fn interleave<'q>(
+unsafe fn interleave<'q, S: Simd, N: Numbers>(
     shape: Shape,
     first: usize,
     rows: usize,
     query: impl Fn(usize) -> &'q [f32],
-    tiles: &mut [f32],
+    tiles: &mut [u32],
 ) {
-    let tile = &mut tiles[first * shape.head_dim..][..rows * shape.head_dim];
+    let words = N::query_words(shape.head_dim);
+    let tile = &mut tiles[first * words..][..rows * words];
     for i in 0..rows {
-        for (places, q) in tile.chunks_exact_mut(rows).zip(query(first + i)) {
-            places[i] = q * shape.scale;
-        }
+        // SAFETY: passed on.
+        unsafe { N::put_query::<S>(query(first + i), shape.scale, (i, rows), tile) };
     }
 }
 
 /// The pages of the block of keys that begins there, as many as there are.
 fn block_pages(pages: &[PageId], block: usize) -> &[PageId] {
     let pages = &pages[block / PAGE_LEN..];
-    &pages[..pages.len().min(BLOCK / PAGE_LEN)]
+    &pages[..pages.len().min(PAGES)]
 }
 
 /// Takes the keys `block..end` of `pages` into the softmax of the queries `first .. first + rows`,
@@ -342,7 +406,7 @@ fn block_pages(pages: &[PageId], block: usize) -> &[PageId] {
 /// in waiting for memory.
 #[allow(clippy::too_many_arguments)]
 #[inline(always)]
-unsafe fn attend<S: Simd>(
+unsafe fn attend<S: Simd, N: Numbers>(
     shape: Shape,
     first: usize,
     rows: usize,
@@ -360,9 +424,9 @@ unsafe fn attend<S: Simd>(
     let padded = shape.head_dim.next_multiple_of(LANES);
     let pages = &pages[block / PAGE_LEN..end.div_ceil(PAGE_LEN)];
     // Of a page keys and values lie side by side.
-    let mut next_pages = [std::ptr::null(); BLOCK / PAGE_LEN];
+    let mut next_pages = [std::ptr::null(); PAGES];
     let mut next_lines = 0;
-    let page_lines = (shape.head_dim + padded) * PAGE_LEN / LANES;
+    let page_lines = keys.kv.head_words() / LANES;
     for (place, &id) in next_pages.iter_mut().zip(next) {
         *place = keys.kv.keys(id, keys.layer, keys.kv_head);
         next_lines += page_lines;
@@ -385,101 +449,93 @@ unsafe fn attend<S: Simd>(
         }
     };
     unsafe {
-        let tile = state.tiles[first * shape.head_dim..][..rows * shape.head_dim].as_ptr();
+        let words = N::query_words(shape.head_dim);
+        let tile = state.tiles[first * words..][..rows * words].as_ptr();
         let scores = state.scores.as_mut_ptr();
-        let k_pages = |page: usize| {
-            keys.kv
-                .keys(pages[page.min(pages.len() - 1)], keys.layer, keys.kv_head)
-        };
-        for page in (0..pages.len()).step_by(2) {
-            ask(page / 2);
-            let two = [k_pages(page), k_pages(page + 1)];
-            let place = scores.add(page * PAGE_LEN);
-            let two = two.map(<*const f32>::cast);
-            let nothing = Stream::NOTHING;
-            let inputs = shape.head_dim;
-            interleaved_tile::<S, F32, false>(rows, tile, two, nothing, inputs, place, BLOCK, true);
+        let (mut k_pages, mut v_pages) = ([std::ptr::null(); PAGES], [std::ptr::null(); PAGES]);
+        for (page, &id) in pages.iter().enumerate() {
+            k_pages[page] = keys.kv.keys(id, keys.layer, keys.kv_head);
+            v_pages[page] = keys.kv.values(id, keys.layer, keys.kv_head);
+        }
+        let (k_pages, v_pages) = (&k_pages[..pages.len()], &v_pages[..pages.len()]);
+        for (turn, pages) in k_pages.chunks(2).enumerate() {
+            ask(turn);
+            let place = scores.add(turn * 2 * PAGE_LEN);
+            N::scores::<S>(rows, tile, pages, shape.head_dim, place);
         }
         ask(turns - 1);
         for i in 0..rows {
             let (low, high) = span(i);
-            let (low, high) = (
+            let seen = (
                 low.clamp(block, end) - block,
                 high.clamp(block, end) - block,
             );
             let scores = scores.add(i * BLOCK);
-            let index = first + i;
-            update::<S>(shape, scores, pages.len(), low, high, index, padded, state);
+            update::<S, N>(shape, scores, v_pages, seen, first + i, padded, state);
         }
         let values = state.values.as_mut_ptr().add(first * padded);
-        let mut v_pages = [std::ptr::null(); BLOCK / PAGE_LEN];
-        for (place, &id) in v_pages.iter_mut().zip(pages) {
-            *place = keys.kv.values(id, keys.layer, keys.kv_head);
-        }
-        let v_pages = &v_pages[..pages.len()];
-        value_tile::<S, BLOCK>(rows, scores, v_pages, end - block, values, padded);
+        N::add_values::<S>(rows, scores, v_pages, end - block, values, padded);
     }
 }
 
 /// Turns one query's scores into weights, and rescales what it has gathered if its maximum grew.
-#[allow(clippy::too_many_arguments)]
 #[inline(always)]
-unsafe fn update<S: Simd>(
+unsafe fn update<S: Simd, N: Numbers>(
     shape: Shape,
     scores: *mut f32,
-    pages: usize,
-    low: usize,
-    high: usize,
+    v_pages: &[*const u32],
+    (low, high): (usize, usize),
     index: usize,
     padded: usize,
     state: &mut State,
 ) {
     unsafe {
+        if low >= high {
+            let nothing = [S::splat(0.0); PAGES];
+            return N::put_weights::<S>(nothing, v_pages, (low, high), scores);
+        }
+        // Of all pages that a block can have, for the compiler to compute side by side.
+        let mut weights = [S::splat(0.0); PAGES];
         let mut greatest = S::splat(f32::NEG_INFINITY);
-        for page in 0..pages {
-            let place = scores.add(page * PAGE_LEN);
-            let mut v = S::load(place);
+        for (page, v) in weights[..v_pages.len()].iter_mut().enumerate() {
+            *v = S::load(scores.add(page * PAGE_LEN));
             if let Some(cap) = shape.softcap {
-                v = S::mul(tanh::<S>(S::mul(v, S::splat(1.0 / cap))), S::splat(cap));
+                *v = S::mul(tanh::<S>(S::mul(*v, S::splat(1.0 / cap))), S::splat(cap));
             }
             let (from, to) = (
                 low.saturating_sub(page * PAGE_LEN),
                 high.saturating_sub(page * PAGE_LEN),
             );
             if from > 0 || to < PAGE_LEN {
-                v = S::keep_lanes(v, from, to, f32::NEG_INFINITY);
+                *v = S::keep_lanes(*v, from, to, f32::NEG_INFINITY);
             }
-            S::store(place, v);
-            greatest = S::max(greatest, v);
-        }
-        if low >= high {
-            for page in 0..pages {
-                S::store(scores.add(page * PAGE_LEN), S::splat(0.0));
-            }
-            return;
+            greatest = S::max(greatest, *v);
         }
         let before = state.maximum[index];
         let maximum = before.max(S::greatest(greatest));
         let mut sum = S::splat(0.0);
-        for page in 0..pages {
-            let place = scores.add(page * PAGE_LEN);
-            let weight = S::exp(S::sub(S::load(place), S::splat(maximum)));
-            S::store(place, weight);
-            sum = S::add(sum, weight);
+        for weight in &mut weights[..v_pages.len()] {
+            *weight = S::exp(S::sub(*weight, S::splat(maximum)));
+            sum = S::add(sum, *weight);
+        }
+        N::put_weights::<S>(weights, v_pages, (low, high), scores);
+        let sum = S::sum(sum);
+        // Mostly; and e⁰ is 1.
+        if maximum == before {
+            state.sum[index] += sum;
+            return;
         }
         let mut keep = [0.0f32; LANES];
         S::store(keep.as_mut_ptr(), S::exp(S::splat(before - maximum)));
         let keep = keep[0];
         state.maximum[index] = maximum;
-        state.sum[index] = state.sum[index] * keep + S::sum(sum);
-        if keep != 1.0 {
-            let values = state.values[index * padded..][..padded].as_mut_ptr();
-            for d in (0..padded).step_by(LANES) {
-                S::store(
-                    values.add(d),
-                    S::mul(S::load(values.add(d)), S::splat(keep)),
-                );
-            }
+        state.sum[index] = state.sum[index] * keep + sum;
+        let values = state.values[index * padded..][..padded].as_mut_ptr();
+        for d in (0..padded).step_by(LANES) {
+            S::store(
+                values.add(d),
+                S::mul(S::load(values.add(d)), S::splat(keep)),
+            );
         }
     }
 }

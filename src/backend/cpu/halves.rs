@@ -32,12 +32,15 @@ pub(super) const SPAN_STEPS: usize = SPAN / 2;
 /// Words that a span of a row takes: its pairs, and
 pub(super) const SPAN_WORDS: usize = SPAN_STEPS + 1;
 /// the scale (f32).
-const SCALE: usize = SPAN_STEPS;
+pub(super) const SCALE: usize = SPAN_STEPS;
 /// The greatest code.
-const GREATEST: f32 = 16383.0;
+pub(super) const GREATEST: f32 = 16383.0;
 /// Σ |z| of a span is below this: times the greatest code it is below 2^31. Rounding adds at most half
 /// to each of 64.
 const GREATEST_SUM: f32 = ((1 << 17) - SPAN / 2) as f32;
+/// What the greatest z and the greatest sum are fractions of.
+const STEP: f32 = 1.0 / i16::MAX as f32;
+const SUM_STEP: f32 = 1.0 / GREATEST_SUM;
 /// Inputs multiplied at a time, at most: 2 panels × 256 × 33 bytes = 17 KiB.
 pub(super) const RUN: usize = 256;
 /// Spans ahead in each of a single row's streams that are asked for, into the second-level cache: 4 KB.
@@ -86,9 +89,55 @@ fn widen(dtype: Dtype, stored: &[u8], out: &mut [f32; SPAN]) {
     }
 }
 
-/// The scale of a span of activations with this greatest magnitude and this sum of magnitudes.
-fn activation_scale(greatest: f32, sum: f32) -> f32 {
-    (greatest / f32::from(i16::MAX)).max(sum / GREATEST_SUM)
+/// The greatest magnitude of `N` vectors, and the sum of their magnitudes.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn magnitudes<S: Simd, const N: usize>(x: [S::V; N]) -> (f32, f32) {
+    unsafe {
+        let (mut greatest, mut sum) = (S::splat(0.0), S::splat(0.0));
+        for x in x {
+            let magnitude = magnitude::<S>(x);
+            greatest = S::max(greatest, magnitude);
+            sum = S::add(sum, magnitude);
+        }
+        (S::greatest(greatest), S::sum(sum))
+    }
+}
+
+/// The scale of numbers that become the z of a span; not a number, if one of them is not.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn activation_scale<S: Simd, const N: usize>(x: [S::V; N]) -> f32 {
+    let (greatest, sum) = unsafe { magnitudes::<S, N>(x) };
+    let (by_greatest, by_sum) = (greatest * STEP, sum * SUM_STEP);
+    if by_greatest > by_sum {
+        by_greatest
+    } else {
+        by_sum
+    }
+}
+
+/// Puts numbers as whole multiples of a scale to `words`, two to a word.
+///
+/// # Safety
+/// As [`Simd`]; there is room for `N` halves of a vector.
+#[inline(always)]
+pub(super) unsafe fn put_whole<S: Simd, const N: usize>(x: [S::V; N], scale: f32, words: *mut u32) {
+    // Nothing but zeros, or too small for a scale: zeros.
+    let inverse = match scale >= f32::MIN_POSITIVE {
+        true => 1.0 / scale,
+        false => 0.0,
+    };
+    unsafe {
+        for (v, x) in x.into_iter().enumerate() {
+            let place = words.add(v * LANES / 2);
+            S::store_low_halves(place.cast(), S::to_i32(S::mul(x, S::splat(inverse))));
+        }
+    }
 }
 
 /// Makes halves of a row, [`SPAN_WORDS`] a span.
@@ -97,34 +146,24 @@ pub(super) struct Quantise<'a> {
     pub place: Place,
 }
 
+/// Vectors of a span.
+pub(super) const VECTORS: usize = SPAN / LANES;
+
 impl Kernel for Quantise<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        const VECTORS: usize = SPAN / LANES;
         // SAFETY: a row of `width` numbers, whole spans; the tile has room for as many.
         unsafe {
             let norm_scale = S::splat(self.row.scale::<S>());
             for span in 0..self.row.width / SPAN {
                 let mut x = [norm_scale; VECTORS];
-                let (mut greatest, mut sum) = (S::splat(0.0), S::splat(0.0));
                 for (v, x) in x.iter_mut().enumerate() {
                     *x = self.row.normed::<S>(norm_scale, span * SPAN + v * LANES);
-                    let magnitude = magnitude::<S>(*x);
-                    greatest = S::max(greatest, magnitude);
-                    sum = S::add(sum, magnitude);
                 }
-                let scale = activation_scale(S::greatest(greatest), S::sum(sum));
-                // Nothing but zeros, or too small for a scale: zeros.
-                let inverse = match scale >= f32::MIN_POSITIVE {
-                    true => 1.0 / scale,
-                    false => 0.0,
-                };
+                let scale = activation_scale::<S, VECTORS>(x);
                 let mut words = [0; SPAN_WORDS];
-                for (v, x) in x.into_iter().enumerate() {
-                    let place = words.as_mut_ptr().add(v * LANES / 2);
-                    S::store_low_halves(place.cast(), S::to_i32(S::mul(x, S::splat(inverse))));
-                }
+                put_whole::<S, VECTORS>(x, scale, words.as_mut_ptr());
                 words[SCALE] = scale.to_bits();
                 self.place.put(span, words);
             }

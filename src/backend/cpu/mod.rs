@@ -2,6 +2,8 @@
 
 mod ahead;
 pub mod attention;
+mod attention_float;
+mod attention_halves;
 mod filter;
 mod format;
 mod gemv;
@@ -24,7 +26,6 @@ pub mod softmax;
 pub mod spent;
 pub mod team;
 mod tile;
-mod value_tile;
 
 use super::sampling::{LogitsError, SampleRow, Sampled};
 use super::{
@@ -134,6 +135,14 @@ impl Cpu {
     /// Whether weights of sixteen bits become whole numbers.
     fn packs_halves(&self) -> bool {
         !self.exact && self.isa.has_half_products()
+    }
+
+    /// What keys and values are kept as.
+    fn kv_form(&self) -> kv_cache::Form {
+        match !self.exact && self.isa.has_half_products() {
+            true => kv_cache::Form::Halves,
+            false => kv_cache::Form::Float,
+        }
     }
 
     /// `f` of every row, on all threads.
@@ -254,11 +263,11 @@ impl Backend for Cpu {
     }
 
     fn kv_page_bytes(&self, shape: KvShape) -> usize {
-        KvCache::page_bytes(shape)
+        KvCache::page_bytes(shape, self.kv_form())
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache, BackendError> {
-        Ok(KvCache::new(shape))
+        Ok(KvCache::new(shape, self.kv_form()))
     }
 
     fn copy_page(&self, kv: &mut KvCache, from: PageId, to: PageId) -> Result<(), BackendError> {
@@ -369,7 +378,7 @@ impl Backend for Cpu {
             query_norm: attention.query_norm,
             key_norm: attention.key_norm,
         };
-        rope::rope_append(&self.team, angles, &append, &plan.places, qkv, kv);
+        rope::rope_append(&self.team, self.isa, angles, &append, &plan.places, qkv, kv);
     }
 
     fn attention(

@@ -3,6 +3,7 @@
 
 use super::kv_cache::KvCache;
 use super::rows::{Rows, Vector};
+use super::simd::Isa;
 use super::team::Team;
 use crate::backend::{Norm, PageId};
 use crate::model::config::Rope;
@@ -77,6 +78,7 @@ pub struct Append<'a> {
 /// `places` says where each row's token goes; no two rows share one.
 pub fn rope_append(
     team: &Team,
+    isa: Isa,
     angles: &Angles,
     append: &Append,
     places: &[(PageId, usize)],
@@ -108,7 +110,7 @@ pub fn rope_append(
                 angles.rotate(row, key);
                 let value = &values[kv_head * head_dim..][..head_dim];
                 // SAFETY: as above.
-                unsafe { kv.append(place, append.layer, kv_head, key, value) };
+                unsafe { kv.append(isa, place, append.layer, kv_head, key, value) };
             }
         }
     });

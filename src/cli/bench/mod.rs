@@ -399,10 +399,9 @@ impl Bench<'_> {
         self.options.prompt_tokens + most * self.options.steps
     }
 
-    /// Bytes of a token's keys and values, in float32.
+    /// Bytes of a token's keys and values, as the cache keeps them.
     fn kv_bytes(&self) -> usize {
-        let config = &self.model.config;
-        2 * config.layers * config.kv_heads * config.head_dim * size_of::<f32>()
+        self.model.backend.kv_page_bytes(self.model.kv_shape()) / PAGE_LEN
     }
 
     /// Multiply-adds of a token's attention to one other.

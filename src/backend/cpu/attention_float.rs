@@ -1,8 +1,89 @@
-//! The register tile of attention's second product: weights times values, page after page.
+//! The products of attention in float32.
 
+use super::ahead::Stream;
+use super::attention::{BLOCK, Numbers, PAGES};
+use super::format::F32;
 use super::simd::{Kernel, LANES, Simd};
-use super::tile::{load_sums, store_sums};
+use super::tile::{interleaved_tile, load_sums, store_sums};
 use crate::backend::PAGE_LEN;
+
+/// Keys, values, queries and weights as they are.
+pub(super) struct Floats;
+
+impl Numbers for Floats {
+    fn most_rows<S: Simd>() -> usize {
+        S::TILE_ROWS
+    }
+
+    fn query_words(head_dim: usize) -> usize {
+        head_dim
+    }
+
+    #[inline(always)]
+    unsafe fn put_query<S: Simd>(
+        query: &[f32],
+        scale: f32,
+        (row, rows): (usize, usize),
+        tile: &mut [u32],
+    ) {
+        for (places, q) in tile.chunks_exact_mut(rows).zip(query) {
+            places[row] = (q * scale).to_bits();
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scores<S: Simd>(
+        rows: usize,
+        tile: *const u32,
+        pages: &[*const u32],
+        head_dim: usize,
+        scores: *mut f32,
+    ) {
+        for (index, pair) in pages.chunks(2).enumerate() {
+            let two = [pair[0], pair[pair.len() - 1]].map(<*const u32>::cast);
+            let nothing = Stream::NOTHING;
+            // SAFETY: passed on; a block has room for whole pairs of pages.
+            unsafe {
+                interleaved_tile::<S, F32, false>(
+                    rows,
+                    tile.cast(),
+                    two,
+                    nothing,
+                    head_dim,
+                    scores.add(2 * index * PAGE_LEN),
+                    BLOCK,
+                    true,
+                );
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn put_weights<S: Simd>(
+        weights: [S::V; PAGES],
+        _values: &[*const u32],
+        _keys: (usize, usize),
+        place: *mut f32,
+    ) {
+        for (page, weights) in weights.into_iter().enumerate() {
+            // SAFETY: passed on.
+            unsafe { S::store(place.add(page * PAGE_LEN), weights) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_values<S: Simd>(
+        rows: usize,
+        weights: *const f32,
+        pages: &[*const u32],
+        keys: usize,
+        values: *mut f32,
+        padded: usize,
+    ) {
+        // SAFETY: passed on.
+        unsafe { value_tile::<S, BLOCK>(rows, weights, pages, keys, values, padded) }
+    }
+}
 
 /// Numbers of one vector of outputs in a page of values.
 const PANEL: usize = PAGE_LEN * LANES;
@@ -13,10 +94,10 @@ const PANEL: usize = PAGE_LEN * LANES;
 /// # Safety
 /// As [`Simd`]; `rows` rows of weights and values, and pages for the keys.
 #[inline(always)]
-pub(super) unsafe fn value_tile<S: Simd, const STRIDE: usize>(
+unsafe fn value_tile<S: Simd, const STRIDE: usize>(
     rows: usize,
     weights: *const f32,
-    pages: &[*const f32],
+    pages: &[*const u32],
     keys: usize,
     values: *mut f32,
     padded: usize,
@@ -50,7 +131,7 @@ pub(super) unsafe fn value_tile<S: Simd, const STRIDE: usize>(
 /// `R` rows by `P` vectors of sums, from vector `panel` on.
 struct ValueTile<'a, const STRIDE: usize, const R: usize, const P: usize> {
     weights: *const f32,
-    pages: &'a [*const f32],
+    pages: &'a [*const u32],
     keys: usize,
     panel: usize,
     values: *mut f32,
@@ -67,7 +148,7 @@ impl<const STRIDE: usize, const R: usize, const P: usize> Kernel for ValueTile<'
             let values = self.values.add(self.panel * LANES);
             let mut acc = load_sums::<S, R, P>(values, self.padded);
             for (page, v) in self.pages.iter().enumerate() {
-                let v = v.add(self.panel * PANEL);
+                let v = v.cast::<f32>().add(self.panel * PANEL);
                 let first = page * PAGE_LEN;
                 for key in first..self.keys.min(first + PAGE_LEN) {
                     let mut loaded = [S::splat(0.0); P];
