@@ -52,8 +52,8 @@ pub struct GlobalOptions {
     pub threads: Option<usize>,
 
     /// Compute products in float32, weights as they are stored; else, where the processor multiplies
-    /// integers fast, activations are rounded to 16 bits, and weights of 16 bits to 15 bits of the
-    /// greatest of 64
+    /// integers fast, activations are rounded to 16 bits, and weights of 16 bits, keys and values to
+    /// 15 bits of the greatest of 64
     #[arg(long, global = true, help_heading = "Global options")]
     pub exact: bool,
 
