@@ -3,8 +3,9 @@
 //! A task is one kv head and a run of a group's rows: with grouped heads, `rows × heads / kv_heads`
 //! queries that read the same keys. Keys are taken in blocks of [`BLOCK`]; a block of the prefix is
 //! read from memory once and used for every tile of queries of the task, then each sequence goes on
-//! through its own pages. Both products are register tiles, in float32 (`attention_float.rs`) or in whole
-//! numbers (`attention_halves.rs`); the softmax is the online one (Milakov & Gimelshein 2018), its maximum and sum carried along the blocks.
+//! through its own pages. Both products are register tiles, in float32 (`attention_float.rs`) or in
+//! whole numbers (`attention_halves.rs`); the softmax is the online one (Milakov & Gimelshein 2018), its
+//! maximum and sum carried along the blocks.
 //!
 //! Blocks are counted from the start of the prefix and of a sequence's own tokens, so what a query
 //! adds up, and in which order, does not depend on the rest of the batch.
@@ -18,7 +19,6 @@ use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
 use crate::backend::{Batch, PAGE_LEN, PageId};
 use std::cell::RefCell;
-use std::marker::PhantomData;
 
 /// Keys between two updates of the running maximum.
 pub(super) const BLOCK: usize = 64;
@@ -160,30 +160,21 @@ pub fn attention(
         let run = &plan.runs[plan.runs.len() - 1 - task / shape.kv_heads];
         let kv_head = task % shape.kv_heads;
         SCRATCH.with_borrow_mut(|scratch| {
-            macro_rules! task {
-                ($numbers:ty) => {
-                    isa.dispatch(Task::<$numbers> {
-                        batch,
-                        run,
-                        shape,
-                        kv_head,
-                        qkv,
-                        kv,
-                        out,
-                        scratch,
-                        numbers: PhantomData,
-                    })
-                };
-            }
-            match kv.form() {
-                Form::Float => task!(Floats),
-                Form::Halves => task!(Halves),
-            }
+            isa.dispatch(Task {
+                batch,
+                run,
+                shape,
+                kv_head,
+                qkv,
+                kv,
+                out,
+                scratch,
+            });
         });
     });
 }
 
-struct Task<'a, N> {
+struct Task<'a> {
     batch: &'a Batch,
     run: &'a Run,
     shape: Shape,
@@ -192,7 +183,6 @@ struct Task<'a, N> {
     kv: &'a KvCache,
     out: SharedRows,
     scratch: &'a mut Aligned,
-    numbers: PhantomData<N>,
 }
 
 /// The running softmax of the task's queries, and room to work in.
@@ -207,10 +197,23 @@ struct State<'a> {
     scores: &'a mut [f32],
 }
 
-impl<N: Numbers> Kernel for Task<'_, N> {
+impl Kernel for Task<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        // SAFETY: passed on.
+        unsafe {
+            match self.kv.form() {
+                Form::Float => self.attention::<S, Floats>(),
+                Form::Halves => self.attention::<S, Halves>(),
+            }
+        }
+    }
+}
+
+impl Task<'_> {
+    #[inline(always)]
+    unsafe fn attention<S: Simd, N: Numbers>(self) {
         let Task {
             batch,
             run,
@@ -220,7 +223,6 @@ impl<N: Numbers> Kernel for Task<'_, N> {
             kv,
             out,
             scratch,
-            numbers: _,
         } = self;
         let most_rows = N::most_rows::<S>();
         let per_row = shape.heads / shape.kv_heads;
@@ -478,6 +480,23 @@ unsafe fn attend<S: Simd, N: Numbers>(
     }
 }
 
+/// A vector of a block's page, with `other` for the keys before `low` or from `high` on.
+#[inline(always)]
+pub(super) unsafe fn keep_seen<S: Simd>(
+    v: S::V,
+    page: usize,
+    (low, high): (usize, usize),
+    other: f32,
+) -> S::V {
+    let first = page * PAGE_LEN;
+    let (from, to) = (low.saturating_sub(first), high.saturating_sub(first));
+    match from > 0 || to < PAGE_LEN {
+        // SAFETY: passed on.
+        true => unsafe { S::keep_lanes(v, from, to, other) },
+        false => v,
+    }
+}
+
 /// Turns one query's scores into weights, and rescales what it has gathered if its maximum grew.
 #[inline(always)]
 unsafe fn update<S: Simd, N: Numbers>(
@@ -502,13 +521,7 @@ unsafe fn update<S: Simd, N: Numbers>(
             if let Some(cap) = shape.softcap {
                 *v = S::mul(tanh::<S>(S::mul(*v, S::splat(1.0 / cap))), S::splat(cap));
             }
-            let (from, to) = (
-                low.saturating_sub(page * PAGE_LEN),
-                high.saturating_sub(page * PAGE_LEN),
-            );
-            if from > 0 || to < PAGE_LEN {
-                *v = S::keep_lanes(*v, from, to, f32::NEG_INFINITY);
-            }
+            *v = keep_seen::<S>(*v, page, (low, high), f32::NEG_INFINITY);
             greatest = S::max(greatest, *v);
         }
         let before = state.maximum[index];

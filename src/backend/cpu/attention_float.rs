@@ -7,6 +7,9 @@ use super::simd::{Kernel, LANES, Simd};
 use super::tile::{interleaved_tile, load_sums, store_sums};
 use crate::backend::PAGE_LEN;
 
+/// Numbers of one vector of outputs in a page of values.
+const PANEL: usize = PAGE_LEN * LANES;
+
 /// Keys, values, queries and weights as they are.
 pub(super) struct Floats;
 
@@ -80,56 +83,36 @@ impl Numbers for Floats {
         values: *mut f32,
         padded: usize,
     ) {
-        // SAFETY: passed on.
-        unsafe { value_tile::<S, BLOCK>(rows, weights, pages, keys, values, padded) }
-    }
-}
-
-/// Numbers of one vector of outputs in a page of values.
-const PANEL: usize = PAGE_LEN * LANES;
-
-/// `values[row] += Σ weights[row][key] · v[key]` over the first `keys` keys of pages that lie at
-/// `pages`, `padded` numbers wide; rows of weights are `STRIDE` apart.
-///
-/// # Safety
-/// As [`Simd`]; `rows` rows of weights and values, and pages for the keys.
-#[inline(always)]
-unsafe fn value_tile<S: Simd, const STRIDE: usize>(
-    rows: usize,
-    weights: *const f32,
-    pages: &[*const u32],
-    keys: usize,
-    values: *mut f32,
-    padded: usize,
-) {
-    macro_rules! rows {
-        ($panels:literal, $panel:expr => $($rows:literal)*) => {
-            match rows {
-                $($rows if const { $rows <= S::TILE_ROWS && $panels <= S::TILE_PANELS } => {
-                    S::call(ValueTile::<STRIDE, $rows, $panels> {
-                        weights, pages, keys, panel: $panel, values, padded,
-                    })
-                })*
-                _ => unreachable!("tiles are at most as tall as the register tile"),
-            }
-        };
-    }
-    unsafe {
-        let panels = padded / LANES;
-        let mut panel = 0;
-        while S::TILE_PANELS == 2 && panel + 2 <= panels {
-            rows!(2, panel => 1 2 3 4 5 6 7 8 9 10 11 12);
-            panel += 2;
+        macro_rules! rows {
+            ($panels:literal, $panel:expr => $($rows:literal)*) => {
+                match rows {
+                    $($rows if const { $rows <= S::TILE_ROWS && $panels <= S::TILE_PANELS } => {
+                        S::call(ValueTile::<$rows, $panels> {
+                            weights, pages, keys, panel: $panel, values, padded,
+                        })
+                    })*
+                    _ => unreachable!("tiles are at most as tall as the register tile"),
+                }
+            };
         }
-        while panel < panels {
-            rows!(1, panel => 1 2 3 4 5 6 7 8 9 10 11 12);
-            panel += 1;
+        // SAFETY: passed on.
+        unsafe {
+            let panels = padded / LANES;
+            let mut panel = 0;
+            while S::TILE_PANELS == 2 && panel + 2 <= panels {
+                rows!(2, panel => 1 2 3 4 5 6 7 8 9 10 11 12);
+                panel += 2;
+            }
+            while panel < panels {
+                rows!(1, panel => 1 2 3 4 5 6 7 8 9 10 11 12);
+                panel += 1;
+            }
         }
     }
 }
 
 /// `R` rows by `P` vectors of sums, from vector `panel` on.
-struct ValueTile<'a, const STRIDE: usize, const R: usize, const P: usize> {
+struct ValueTile<'a, const R: usize, const P: usize> {
     weights: *const f32,
     pages: &'a [*const u32],
     keys: usize,
@@ -138,7 +121,7 @@ struct ValueTile<'a, const STRIDE: usize, const R: usize, const P: usize> {
     padded: usize,
 }
 
-impl<const STRIDE: usize, const R: usize, const P: usize> Kernel for ValueTile<'_, STRIDE, R, P> {
+impl<const R: usize, const P: usize> Kernel for ValueTile<'_, R, P> {
     type Output = ();
     // Indices name rows and panels of several arrays at once.
     #[allow(clippy::needless_range_loop)]
@@ -156,7 +139,7 @@ impl<const STRIDE: usize, const R: usize, const P: usize> Kernel for ValueTile<'
                         loaded[p] = S::load(v.add(p * PANEL + (key - first) * LANES));
                     }
                     for r in 0..R {
-                        let weight = S::splat(*self.weights.add(r * STRIDE + key));
+                        let weight = S::splat(*self.weights.add(r * BLOCK + key));
                         for p in 0..P {
                             acc[r][p] = S::fma(weight, loaded[p], acc[r][p]);
                         }

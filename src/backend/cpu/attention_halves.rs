@@ -3,11 +3,11 @@
 //! a query for each 64 of its coordinates, weights for each block of keys. A value's scale goes into the
 //! weight that it is multiplied with.
 
-use super::attention::{BLOCK, Numbers, PAGES};
+use super::attention::{BLOCK, Numbers, PAGES, keep_seen};
 use super::halves::{SCALE, SPAN, VECTORS, activation_scale, put_whole};
 use super::integer::splat;
 use super::integer_tile::add_four;
-use super::kv_cache::{key_steps, vectors};
+use super::kv_cache::{key_halves, key_spans, key_steps, vectors};
 use super::simd::{Kernel, LANES, Simd};
 use crate::backend::PAGE_LEN;
 
@@ -19,6 +19,22 @@ const _: () = assert!(
     "the weights of a block have one scale"
 );
 
+/// Calls a tile of so many rows, as wide as the register tile.
+macro_rules! tile_of {
+    ($simd:ident, $rows:expr, $tile:ident $fields:tt) => {
+        match const { $simd::TILE_PANELS } {
+            2 => tile_of!($simd, $rows, $tile $fields, 2 => 1 2 3 4 5 6),
+            _ => tile_of!($simd, $rows, $tile $fields, 1 => 1 2 3 4 5 6),
+        }
+    };
+    ($simd:ident, $rows:expr, $tile:ident $fields:tt, $panels:literal => $($r:literal)*) => {
+        match $rows {
+            $($r if const { $r <= $simd::PRODUCT_ROWS } => $simd::call($tile::<$r, $panels> $fields),)*
+            _ => unreachable!("tiles are at most as tall as the register tile"),
+        }
+    };
+}
+
 pub(super) struct Halves;
 
 impl Numbers for Halves {
@@ -27,7 +43,7 @@ impl Numbers for Halves {
     }
 
     fn query_words(head_dim: usize) -> usize {
-        spans(head_dim).map(|steps| steps + 1).sum()
+        key_halves(head_dim)
     }
 
     #[inline(always)]
@@ -64,22 +80,18 @@ impl Numbers for Halves {
         head_dim: usize,
         scores: *mut f32,
     ) {
-        macro_rules! rows {
-            ($panels:literal => $($rows:literal)*) => {
-                match rows {
-                    $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(KeyTile::<$rows, $panels> {
-                        tile, pages, head_dim, scores,
-                    }),)*
-                    _ => unreachable!("tiles are at most as tall as the register tile"),
-                }
-            };
-        }
         // SAFETY: passed on.
         unsafe {
-            match const { S::TILE_PANELS } {
-                2 => rows!(2 => 1 2 3 4 5 6),
-                _ => rows!(1 => 1 2 3 4 5 6),
-            }
+            tile_of!(
+                S,
+                rows,
+                KeyTile {
+                    tile,
+                    pages,
+                    head_dim,
+                    scores
+                }
+            )
         }
     }
 
@@ -87,7 +99,7 @@ impl Numbers for Halves {
     unsafe fn put_weights<S: Simd>(
         mut weights: [S::V; PAGES],
         values: &[*const u32],
-        (low, high): (usize, usize),
+        keys: (usize, usize),
         place: *mut f32,
     ) {
         // SAFETY: passed on; pages of values begin with their scales, and a block has room for its halves
@@ -95,13 +107,8 @@ impl Numbers for Halves {
         unsafe {
             for (page, (weights, values)) in weights.iter_mut().zip(values).enumerate() {
                 let scaled = S::mul(*weights, S::load(values.cast()));
-                let first = page * PAGE_LEN;
-                let (from, to) = (low.saturating_sub(first), high.saturating_sub(first));
                 // Behind the last key a scale may be anything, not a number too.
-                *weights = match from > 0 || to < PAGE_LEN {
-                    true => S::keep_lanes(scaled, from, to, 0.0),
-                    false => scaled,
-                };
+                *weights = keep_seen::<S>(scaled, page, keys, 0.0);
             }
             let scale = activation_scale::<S, PAGES>(weights);
             put_whole::<S, PAGES>(weights, scale, place.cast());
@@ -118,31 +125,21 @@ impl Numbers for Halves {
         values: *mut f32,
         padded: usize,
     ) {
-        macro_rules! rows {
-            ($panels:literal => $($rows:literal)*) => {
-                match rows {
-                    $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(ValueTile::<$rows, $panels> {
-                        weights: weights.cast(), pages, values, padded,
-                    }),)*
-                    _ => unreachable!("tiles are at most as tall as the register tile"),
-                }
-            };
-        }
+        let weights = weights.cast();
         // SAFETY: passed on.
         unsafe {
-            match const { S::TILE_PANELS } {
-                2 => rows!(2 => 1 2 3 4 5 6),
-                _ => rows!(1 => 1 2 3 4 5 6),
-            }
+            tile_of!(
+                S,
+                rows,
+                ValueTile {
+                    weights,
+                    pages,
+                    values,
+                    padded
+                }
+            )
         }
     }
-}
-
-/// Steps of a key's spans, each of two coordinates.
-fn spans(head_dim: usize) -> impl Iterator<Item = usize> {
-    (0..head_dim)
-        .step_by(SPAN)
-        .map(move |first| key_steps(SPAN.min(head_dim - first)))
 }
 
 /// `R` queries by the keys of pages, `P` at a time.
@@ -166,7 +163,7 @@ impl<const R: usize, const P: usize> Kernel for KeyTile<'_, R, P> {
                 // A page that does not exist is computed as a copy of the one before.
                 let mut keys: [_; P] = std::array::from_fn(|p| pages[p.min(pages.len() - 1)]);
                 let mut tile = self.tile;
-                for (span, steps) in spans(self.head_dim).enumerate() {
+                for (span, steps) in key_spans(self.head_dim).enumerate() {
                     let mut dots = [[S::splat_i32(0); P]; R];
                     let words = keys.map(|keys| keys.add(PAGE_LEN));
                     for first in (0..steps).step_by(4) {

@@ -268,15 +268,23 @@ pub(super) fn key_steps(coordinates: usize) -> usize {
     coordinates.div_ceil(2).next_multiple_of(4)
 }
 
+/// The pairs of each span of a key.
+pub(super) fn key_spans(head_dim: usize) -> impl Iterator<Item = usize> {
+    (0..head_dim)
+        .step_by(SPAN)
+        .map(move |first| key_steps(SPAN.min(head_dim - first)))
+}
+
+/// Words of one key, or of a query that is multiplied with it: its pairs and its scales.
+pub(super) fn key_halves(head_dim: usize) -> usize {
+    key_spans(head_dim).map(|steps| steps + 1).sum()
+}
+
 /// Words that a head's keys of a page take.
 fn key_words(head_dim: usize, form: Form) -> usize {
     let vectors = match form {
         Form::Float => head_dim,
-        Form::Halves => {
-            let (spans, rest) = (head_dim / SPAN, head_dim % SPAN);
-            let last = if rest > 0 { 1 + key_steps(rest) } else { 0 };
-            spans * (1 + SPAN_STEPS) + last
-        }
+        Form::Halves => key_halves(head_dim),
     };
     vectors * PAGE_LEN
 }

@@ -132,14 +132,14 @@ impl Cpu {
         }
     }
 
-    /// Whether weights of sixteen bits become whole numbers.
+    /// Whether weights of sixteen bits, keys and values become whole numbers.
     fn packs_halves(&self) -> bool {
         !self.exact && self.isa.has_half_products()
     }
 
     /// What keys and values are kept as.
     fn kv_form(&self) -> kv_cache::Form {
-        match !self.exact && self.isa.has_half_products() {
+        match self.packs_halves() {
             true => kv_cache::Form::Halves,
             false => kv_cache::Form::Float,
         }
