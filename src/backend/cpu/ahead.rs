@@ -4,6 +4,9 @@
 //! next. So the tiles ask for it on the way: asked for all at once, it would wait; and a line asked for
 //! twice takes the place of another. Far ahead is no better than the next run: the processor's own
 //! requests continue what it sees.
+//!
+//! With few tiles of halves each instruction between two requests counts: there how many come when is a
+//! constant (`few_rows.rs`).
 
 use super::format::Packed;
 use super::simd::Simd;
@@ -11,7 +14,7 @@ use super::simd::Simd;
 /// Bytes of a cache line.
 pub(super) const LINE: usize = 64;
 /// Steps of a tile's loop from one request to the next, where whole numbers are multiplied,
-const FOUR: usize = 4;
+pub(super) const FOUR: usize = 4;
 /// and to the next of the few that are left over.
 const SIXTEEN: usize = 16;
 /// Most lines asked for at a time.
@@ -55,6 +58,27 @@ impl<const P: usize> Stream<P> {
     }
 }
 
+/// What a tile of halves asks for.
+pub(super) trait Ahead: Copy {
+    /// Asks for what comes before the four steps of a span that begin at `4 · four`.
+    ///
+    /// # Safety
+    /// As [`Simd`]; any address will do.
+    unsafe fn ask<S: Simd>(&mut self, four: usize);
+}
+
+impl<const P: usize> Ahead for Share<P> {
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(&mut self, four: usize) {
+        unsafe {
+            if (four * FOUR).is_multiple_of(SIXTEEN) {
+                self.ask_at_sixteen::<S>();
+            }
+            self.ask_at_four::<S>();
+        }
+    }
+}
+
 /// What a tile of whole numbers asks for: a share of a run, in cache lines, one after the other.
 #[derive(Clone, Copy)]
 pub(super) struct Share<const P: usize> {
@@ -83,7 +107,7 @@ impl<const P: usize> Share<P> {
     pub unsafe fn ask_at_sixteen<S: Simd>(&mut self) {
         let lines = self.rate.at_sixteen + usize::from(self.rate.more > 0);
         self.rate.more = self.rate.more.saturating_sub(1);
-        unsafe { self.ask::<S>(lines) };
+        unsafe { self.ask_for::<S>(lines) };
     }
 
     /// What comes at every fourth step.
@@ -92,11 +116,11 @@ impl<const P: usize> Share<P> {
     /// As [`Simd`]; any address will do.
     #[inline(always)]
     pub unsafe fn ask_at_four<S: Simd>(&mut self) {
-        unsafe { self.ask::<S>(self.rate.at_four) };
+        unsafe { self.ask_for::<S>(self.rate.at_four) };
     }
 
     #[inline(always)]
-    unsafe fn ask<S: Simd>(&mut self, lines: usize) {
+    unsafe fn ask_for<S: Simd>(&mut self, lines: usize) {
         if lines > 0 {
             for next in &mut self.next {
                 unsafe { ask_lines::<S>(*next, lines) };

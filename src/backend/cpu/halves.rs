@@ -16,7 +16,7 @@
 //!
 //! What is float32 is one chain along the spans, the same for one row and for many.
 
-use super::ahead::{Runs, Share};
+use super::ahead::{Ahead, Runs, Share};
 use super::format::{Format, HALVES_CODES, HALVES_SPAN, Halves, Packed};
 use super::inputs::{Normed, Place};
 use super::integer::{magnitude, splat};
@@ -41,20 +41,10 @@ const GREATEST_SUM: f32 = ((1 << 17) - SPAN / 2) as f32;
 /// What the greatest z and the greatest sum are fractions of.
 const STEP: f32 = 1.0 / i16::MAX as f32;
 const SUM_STEP: f32 = 1.0 / GREATEST_SUM;
-/// Inputs multiplied at a time, at most: 2 panels × 256 × 33 bytes = 17 KiB.
+/// Inputs multiplied at a time with many tiles: 2 panels × 256 × 33 bytes = 17 KiB.
 pub(super) const RUN: usize = 256;
 /// Spans ahead in each of a single row's streams that are asked for, into the second-level cache: 4 KB.
 const SPANS_AHEAD: usize = 2;
-
-/// Inputs multiplied at a time with so many tiles, whole blocks. Few tiles, which memory is slower than,
-/// take turns more often: while the second is multiplied memory goes on with what the first has asked for.
-pub(super) fn run(tiles: usize) -> usize {
-    match tiles {
-        0..=2 => RUN / 4,
-        3..=4 => RUN / 2,
-        _ => RUN,
-    }
-}
 
 /// Puts one stored row of whole spans into its lane of a packed panel.
 pub(super) fn pack_row(dtype: Dtype, row: &[u8], lane: usize, panel: &mut [u8]) {
@@ -270,7 +260,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     macro_rules! rows {
         ($panels:literal, $c:expr, $w:expr, $ahead:expr; $($rows:literal)*) => {
             match rows {
-                $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(HalvesTile::<$rows, $panels> {
+                $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(HalvesTile::<$rows, $panels, _> {
                     x, w: $w, ahead: $ahead, spans, c: $c,
                 }),)*
                 _ => unreachable!("tiles are at most as tall as the register tile"),
@@ -288,15 +278,15 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
 }
 
 /// The register tile: `R` rows by `P` panels.
-struct HalvesTile<const R: usize, const P: usize> {
-    x: *const u32,
-    w: [*const u8; P],
-    ahead: Share<P>,
-    spans: usize,
-    c: *mut f32,
+pub(super) struct HalvesTile<const R: usize, const P: usize, A> {
+    pub x: *const u32,
+    pub w: [*const u8; P],
+    pub ahead: A,
+    pub spans: usize,
+    pub c: *mut f32,
 }
 
-impl<const R: usize, const P: usize> Kernel for HalvesTile<R, P> {
+impl<const R: usize, const P: usize, A: Ahead> Kernel for HalvesTile<R, P, A> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
@@ -306,10 +296,7 @@ impl<const R: usize, const P: usize> Kernel for HalvesTile<R, P> {
                 let mut dots = [[S::splat_i32(0); P]; R];
                 macro_rules! steps {
                     ($($four:literal)*) => {$({
-                        if $four % 4 == 0 {
-                            ahead.ask_at_sixteen::<S>();
-                        }
-                        ahead.ask_at_four::<S>();
+                        ahead.ask::<S>($four);
                         let first = 4 * $four;
                         let w = blocks.map(|w| w.add(HALVES_CODES).cast::<u32>().add(first * LANES));
                         add_four::<S, R, P, true>(&mut dots, w, x.add(first * R));

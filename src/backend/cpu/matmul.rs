@@ -11,6 +11,7 @@
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
 use super::ahead::{Runs, Shares, Stream};
+use super::few_rows::{self, FEW_TILES};
 use super::format::{F32, Packed, Plain, UNIT};
 use super::gemv::{GEMV_PANELS, gemv};
 use super::halves;
@@ -215,14 +216,22 @@ impl Task<'_> {
                 [wide, wide.wrapping_add(integer::WIDE_RUN)],
             ),
             // Read where they lie.
-            Form::Halves => (
-                halves::run(self.inputs.tiles().len()),
-                HALVES_AHEAD,
-                [wide; 2],
-            ),
+            Form::Halves => (halves::RUN, HALVES_AHEAD, [wide; 2]),
         };
         let padded = self.inputs.in_features().next_multiple_of(UNIT);
         let mut tiles = self.inputs.tiles();
+        if form == Form::Halves && tiles.len() <= FEW_TILES {
+            // SAFETY: `sums` has room for as many tiles, and the panels have the inputs.
+            unsafe {
+                sums.write_bytes(0, self.inputs.rows() * 2 * LANES);
+                for tile in tiles {
+                    self.ask_for_results::<S>(pair, tile);
+                }
+                few_rows::multiply::<S>(self.inputs, panels, next_panels, sums);
+                self.finish_all::<S>(pair, sums);
+            }
+            return;
+        }
         // For few tiles, plain weights are widened in registers, once for each: cheaper than through
         // the cache, and memory is asked for as the panels go by.
         if form == Form::Float && tiles.len() <= DIRECT_TILES && panels[0].0 == panels[1].0 {
@@ -234,11 +243,8 @@ impl Task<'_> {
                     else false)
             };
             if done {
-                for row in 0..self.inputs.rows() {
-                    // SAFETY: written above.
-                    unsafe { self.finish::<S>(pair, row, sums.add(row * 2 * LANES)) };
-                }
-                return;
+                // SAFETY: written above.
+                return unsafe { self.finish_all::<S>(pair, sums) };
             }
         }
         let runs = Runs::new(panels, next_panels, padded, longest);
@@ -396,6 +402,14 @@ impl Task<'_> {
                     S::prefetch_far(out.add(panel.column).cast());
                 }
             }
+        }
+    }
+
+    /// Bias and epilogue of all rows, whose sums lie side by side.
+    #[inline(always)]
+    unsafe fn finish_all<S: Simd>(&self, pair: (Panel, Option<Panel>), sums: *const f32) {
+        for row in 0..self.inputs.rows() {
+            unsafe { self.finish::<S>(pair, row, sums.add(row * 2 * LANES)) };
         }
     }
 

@@ -4,6 +4,7 @@ mod ahead;
 pub mod attention;
 mod attention_float;
 mod attention_halves;
+mod few_rows;
 mod filter;
 mod format;
 mod gemv;

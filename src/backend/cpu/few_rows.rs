@@ -1,0 +1,123 @@
+//! Products of halves with a few tiles, where memory is what a product waits for.
+//!
+//! The tiles take turns span by span: while the last is multiplied memory goes on with what the first
+//! has asked for. A span is asked for one span ahead and into the first-level cache, in a rhythm that is
+//! a constant: on the Xeon eight rows come 5 % faster so than in shares that are counted, and 4 % faster
+//! than into the second level. What a row adds up, and in which order, is as in a longer run.
+
+use super::ahead::{Ahead, FOUR, LINE};
+use super::format::{Format, Halves, Packed};
+use super::halves::{HalvesTile, SPAN, SPAN_STEPS, SPAN_WORDS};
+use super::inputs::{Inputs, Tile};
+use super::simd::{Kernel, LANES, Simd};
+
+/// Most tiles that take turns span by span.
+pub(super) const FEW_TILES: usize = 4;
+
+/// A tile's share, of `TILES`, of the next span of `P` panels.
+#[derive(Clone, Copy)]
+struct NextSpan<const TILES: usize, const P: usize>([*const u8; P]);
+
+impl<const TILES: usize, const P: usize> NextSpan<TILES, P> {
+    /// Cache lines of a share.
+    const LINES: usize = (Halves::BLOCK_BYTES / LINE).div_ceil(TILES);
+
+    fn of(tile: usize, spans: [*const u8; P]) -> Self {
+        NextSpan(spans.map(|span| span.wrapping_add(tile * Self::LINES * LINE)))
+    }
+}
+
+impl<const TILES: usize, const P: usize> Ahead for NextSpan<TILES, P> {
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(&mut self, four: usize) {
+        const FOURS: usize = SPAN_STEPS / FOUR;
+        let lines = Self::LINES * (four + 1) / FOURS - Self::LINES * four / FOURS;
+        for next in &mut self.0 {
+            for _ in 0..lines {
+                unsafe { S::prefetch(*next) };
+                *next = next.wrapping_add(LINE);
+            }
+        }
+    }
+}
+
+/// Adds the products of all rows with two panels to `sums[row][2][16]`, while the beginnings of `next` are asked
+/// for.
+///
+/// # Safety
+/// As [`Simd`]; packed panels of halves of as many inputs as `inputs` has, of at most [`FEW_TILES`] tiles,
+/// and sums of all rows.
+#[inline(always)]
+pub(super) unsafe fn multiply<S: Simd>(
+    inputs: &Inputs,
+    panels: [(Packed, *const u8); 2],
+    next: Option<[(Packed, *const u8); 2]>,
+    sums: *mut f32,
+) {
+    let next = next.unwrap_or(panels);
+    let spans = inputs.in_features() / SPAN;
+    let (w, next) = (panels.map(|(_, w)| w), next.map(|(_, w)| w));
+    macro_rules! tiles {
+        ($($tiles:literal)*) => {
+            match *inputs.tiles() {
+                $(ref tiles if tiles.len() == $tiles => {
+                    let tiles = std::array::from_fn(|i| (tiles[i], inputs.tile(tiles[i], 0).cast()));
+                    // SAFETY: passed on.
+                    unsafe { S::call(FewRows::<$tiles> { tiles, w, next, spans, sums }) }
+                })*
+                _ => unreachable!("there are few tiles"),
+            }
+        };
+    }
+    tiles!(1 2 3 4)
+}
+
+struct FewRows<const TILES: usize> {
+    tiles: [(Tile, *const u32); TILES],
+    w: [*const u8; 2],
+    next: [*const u8; 2],
+    spans: usize,
+    sums: *mut f32,
+}
+
+impl<const TILES: usize> Kernel for FewRows<TILES> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for span in 0..self.spans {
+            let w = self.w.map(|w| w.wrapping_add(span * Halves::BLOCK_BYTES));
+            let next = match span + 1 < self.spans {
+                true => w.map(|w| w.wrapping_add(Halves::BLOCK_BYTES)),
+                false => self.next,
+            };
+            for (index, (tile, x)) in self.tiles.into_iter().enumerate() {
+                let x = x.wrapping_add(span * SPAN_WORDS * tile.rows);
+                let c = self.sums.wrapping_add(tile.first_row * 2 * LANES);
+                macro_rules! rows {
+                    ($panels:literal, $p:expr; $($rows:literal)*) => {
+                        match tile.rows {
+                            $($rows if const { $rows <= S::PRODUCT_ROWS } => HalvesTile::<$rows, $panels, _> {
+                                x,
+                                w: std::array::from_fn(|p| w[$p + p]),
+                                ahead: NextSpan::<TILES, $panels>::of(index, std::array::from_fn(|p| next[$p + p])),
+                                spans: 1,
+                                c: c.wrapping_add($p * LANES),
+                            }.run::<S>(),)*
+                            _ => unreachable!("tiles are at most as tall as the register tile"),
+                        }
+                    };
+                }
+                // SAFETY: passed on.
+                unsafe {
+                    if const { S::TILE_PANELS == 2 } {
+                        rows!(2, 0; 1 2 3 4 5 6);
+                    } else {
+                        for p in 0..2 {
+                            rows!(1, p; 1 2 3 4 5 6);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
