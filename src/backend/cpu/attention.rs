@@ -528,7 +528,7 @@ unsafe fn update<S: Simd, N: Numbers>(
         let maximum = before.max(S::greatest(greatest));
         let mut sum = S::splat(0.0);
         for weight in &mut weights[..v_pages.len()] {
-            *weight = S::exp(S::sub(*weight, S::splat(maximum)));
+            *weight = S::exp_up_to_88(S::sub(*weight, S::splat(maximum)));
             sum = S::add(sum, *weight);
         }
         N::put_weights::<S>(weights, v_pages, (low, high), scores);
@@ -539,7 +539,10 @@ unsafe fn update<S: Simd, N: Numbers>(
             return;
         }
         let mut keep = [0.0f32; LANES];
-        S::store(keep.as_mut_ptr(), S::exp(S::splat(before - maximum)));
+        S::store(
+            keep.as_mut_ptr(),
+            S::exp_up_to_88(S::splat(before - maximum)),
+        );
         let keep = keep[0];
         state.maximum[index] = maximum;
         state.sum[index] = state.sum[index] * keep + sum;

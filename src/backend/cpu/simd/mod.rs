@@ -66,12 +66,11 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// `a · b + c`, rounded once where the instruction set can.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// To the nearest integer, ties to even.
-    unsafe fn round(a: Self::V) -> Self::V;
-    /// `2^n` of integer-valued n in -126..=127.
-    unsafe fn exp2_integer(n: Self::V) -> Self::V;
+    unsafe fn bits(a: Self::V) -> Self::I;
+    unsafe fn from_bits(a: Self::I) -> Self::V;
 
     unsafe fn load_u32(p: *const u32) -> Self::I;
     unsafe fn shift_right(a: Self::I, bits: u32) -> Self::I;
@@ -167,15 +166,26 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// arguments above 88 are treated as 88.
     #[inline(always)]
     unsafe fn exp(x: Self::V) -> Self::V {
+        unsafe { Self::exp_up_to_88(Self::min(x, Self::splat(88.0))) }
+    }
+
+    /// The same of arguments that are not above 88.
+    #[inline(always)]
+    unsafe fn exp_up_to_88(x: Self::V) -> Self::V {
         // x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ by a polynomial of degree 7 (Cephes' expf).
+        // Adding 1.5 · 2²³ rounds to an integer and leaves it in the low bits.
+        const ROUND: f32 = (3 << 22) as f32;
+        // Down to here eʳ · 2ⁿ is a normal number.
+        const LOWEST: f32 = -87.33;
         unsafe {
-            let x = Self::max(x, Self::splat(-87.4));
-            let x = Self::sub(
-                Self::splat(0.0),
-                Self::max(Self::sub(Self::splat(0.0), x), Self::splat(-88.0)),
+            let bounded = Self::max(x, Self::splat(LOWEST));
+            let rounded = Self::fma(
+                bounded,
+                Self::splat(std::f32::consts::LOG2_E),
+                Self::splat(ROUND),
             );
-            let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
-            let r = Self::fma(n, Self::splat(-0.693_359_4), x);
+            let n = Self::sub(rounded, Self::splat(ROUND));
+            let r = Self::fma(n, Self::splat(-0.693_359_4), bounded);
             let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
             let mut p = Self::splat(1.987_569_1e-4);
             for c in [
@@ -188,10 +198,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
                 p = Self::fma(p, r, Self::splat(c));
             }
             let p = Self::fma(Self::mul(r, r), p, Self::add(r, Self::splat(1.0)));
-            // Below e^-87.34 the result is subnormal or zero: n = -126 is the last whole power.
-            let alive = Self::max(n, Self::splat(-126.0));
-            let y = Self::mul(p, Self::exp2_integer(alive));
-            Self::zero_below(x, -87.35, y)
+            // n goes to the exponent.
+            let exponent = Self::shift_left(Self::bits(rounded), 23);
+            let y = Self::from_bits(Self::add_i32(Self::bits(p), exponent));
+            Self::zero_below(x, LOWEST, y)
         }
     }
 

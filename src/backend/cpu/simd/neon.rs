@@ -150,6 +150,10 @@ unsafe impl<const I8MM: bool> Simd for Neon<I8MM> {
         unsafe { map2(a, b, |a, b| vbslq_f32(vcgtq_f32(a, b), a, b)) }
     }
     #[inline(always)]
+    unsafe fn min(a: V, b: V) -> V {
+        unsafe { map2(a, b, |a, b| vbslq_f32(vcltq_f32(a, b), a, b)) }
+    }
+    #[inline(always)]
     unsafe fn fma(a: V, b: V, c: V) -> V {
         unsafe {
             [
@@ -161,17 +165,12 @@ unsafe impl<const I8MM: bool> Simd for Neon<I8MM> {
         }
     }
     #[inline(always)]
-    unsafe fn round(a: V) -> V {
-        unsafe { map(a, |a| vrndnq_f32(a)) }
+    unsafe fn bits(a: V) -> I {
+        unsafe { map(a, |a| vreinterpretq_u32_f32(a)) }
     }
     #[inline(always)]
-    unsafe fn exp2_integer(n: V) -> V {
-        unsafe {
-            map(n, |n| {
-                let biased = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
-                vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))
-            })
-        }
+    unsafe fn from_bits(a: I) -> V {
+        unsafe { map(a, |a| vreinterpretq_f32_u32(a)) }
     }
     #[inline(always)]
     unsafe fn load_u32(p: *const u32) -> I {

@@ -78,6 +78,10 @@ unsafe impl Simd for Portable {
         map2(a, b, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // Without the instruction `mul_add` is a call into libm, a hundred times slower.
         std::array::from_fn(|i| {
@@ -89,13 +93,12 @@ unsafe impl Simd for Portable {
         })
     }
     #[inline(always)]
-    unsafe fn round(a: Self::V) -> Self::V {
-        // Adding 1.5 · 2^23 leaves no room for a fraction; |a| is small here.
-        a.map(|a| (a + 12_582_912.0) - 12_582_912.0)
+    unsafe fn bits(a: Self::V) -> Self::I {
+        a.map(f32::to_bits)
     }
     #[inline(always)]
-    unsafe fn exp2_integer(n: Self::V) -> Self::V {
-        n.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23))
+    unsafe fn from_bits(a: Self::I) -> Self::V {
+        a.map(f32::from_bits)
     }
     #[inline(always)]
     unsafe fn load_u32(p: *const u32) -> Self::I {

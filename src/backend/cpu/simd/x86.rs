@@ -103,19 +103,20 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_max_ps(a, b) }
     }
     #[inline(always)]
+    unsafe fn min(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    unsafe fn round(a: __m512) -> __m512 {
-        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    unsafe fn bits(a: __m512) -> __m512i {
+        unsafe { _mm512_castps_si512(a) }
     }
     #[inline(always)]
-    unsafe fn exp2_integer(n: __m512) -> __m512 {
-        unsafe {
-            let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
-        }
+    unsafe fn from_bits(a: __m512i) -> __m512 {
+        unsafe { _mm512_castsi512_ps(a) }
     }
     #[inline(always)]
     unsafe fn load_u32(p: *const u32) -> __m512i {
@@ -399,6 +400,10 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { both!(_mm256_max_ps, a, b) }
     }
     #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { both!(_mm256_min_ps, a, b) }
+    }
+    #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         unsafe {
             Pair(
@@ -408,23 +413,12 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    unsafe fn round(a: Self::V) -> Self::V {
-        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        unsafe {
-            Pair(
-                _mm256_round_ps::<NEAREST>(a.0),
-                _mm256_round_ps::<NEAREST>(a.1),
-            )
-        }
+    unsafe fn bits(a: Self::V) -> Self::I {
+        unsafe { both!(_mm256_castps_si256, a) }
     }
     #[inline(always)]
-    unsafe fn exp2_integer(n: Self::V) -> Self::V {
-        unsafe {
-            let bias = _mm256_set1_epi32(127);
-            let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n.0), bias));
-            let high = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n.1), bias));
-            Pair(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
-        }
+    unsafe fn from_bits(a: Self::I) -> Self::V {
+        unsafe { both!(_mm256_castsi256_ps, a) }
     }
     #[inline(always)]
     unsafe fn load_u32(p: *const u32) -> Self::I {
