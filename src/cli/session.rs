@@ -12,6 +12,7 @@ use super::options::{Device, DtypeChoice, GlobalOptions};
 use super::progress::{Progress, Unit};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::simd::Isa;
+use crate::backend::cpu::softmax;
 use crate::backend::cuda::emulated::{Checks, Emulated};
 use crate::backend::cuda::gpu::Gpu;
 use crate::backend::cuda::{self, Cuda};
@@ -471,7 +472,7 @@ pub fn isa() -> Result<Isa, CliError> {
         return Ok(Isa::best());
     };
     let available = Isa::available();
-    available
+    let named = available
         .iter()
         .copied()
         .find(|isa| *isa.name() == *wanted)
@@ -482,7 +483,10 @@ pub fn isa() -> Result<Isa, CliError> {
                 wanted.to_string_lossy(),
                 names.join(", ")
             ))
-        })
+        })?;
+    // Sampling chooses for itself.
+    softmax::limit(named);
+    Ok(named)
 }
 
 /// The fields of `generation_config.json` that concern sampling.

@@ -43,8 +43,8 @@ const STEP: f32 = 1.0 / i16::MAX as f32;
 const SUM_STEP: f32 = 1.0 / GREATEST_SUM;
 /// Inputs multiplied at a time with many tiles: 2 panels × 256 × 33 bytes = 17 KiB.
 pub(super) const RUN: usize = 256;
-/// Spans ahead in each of a single row's streams that are asked for, into the second-level cache: 4 KB.
-const SPANS_AHEAD: usize = 2;
+/// Spans ahead in each of a single row's streams that are asked for, into the first-level cache: 2 KB.
+const SPANS_AHEAD: usize = 1;
 
 /// Puts one stored row of whole spans into its lane of a packed panel.
 pub(super) fn pack_row(dtype: Dtype, row: &[u8], lane: usize, panel: &mut [u8]) {
@@ -192,14 +192,14 @@ impl Kernel for Gemv {
                 let ahead = self.runs.start(span + SPANS_AHEAD);
                 let x = self.x.add(span * SPAN_WORDS);
                 for ahead in ahead {
-                    S::prefetch_far(ahead);
+                    S::prefetch(ahead);
                 }
                 let mut dots = [[S::splat_i32(0); CHAINS]; 2];
                 for step in 0..SPAN_STEPS {
                     let z = S::splat_i32(*x.add(step) as i32);
                     let at = HALVES_CODES + step * 4 * LANES;
                     for p in 0..2 {
-                        S::prefetch_far(ahead[p].wrapping_add(at));
+                        S::prefetch(ahead[p].wrapping_add(at));
                         let word = S::load_u32(blocks[p].add(at).cast());
                         dots[p][step % CHAINS] = S::dot2(dots[p][step % CHAINS], word, z);
                     }

@@ -5,6 +5,10 @@
 //! multiplication is fused with an addition. The bodies are plain loops for the compiler to
 //! vectorise; `vectorised!` compiles them for each kind of vector there is.
 
+use super::simd::Isa;
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
+
 /// Numbers added up in float32 before the sum goes over to float64.
 pub(super) const CHUNK: usize = 1024;
 
@@ -22,7 +26,24 @@ enum Width {
     Avx512,
 }
 
-/// The widest that the CPU has.
+/// What [`limit`] was given.
+#[cfg(target_arch = "x86_64")]
+static LIMIT: OnceLock<Width> = OnceLock::new();
+
+/// From now on this process uses no wider vectors than an instruction set has, for measurements as on a
+/// processor that has nothing newer. The first call counts. No result depends on it.
+pub fn limit(isa: Isa) {
+    #[cfg(target_arch = "x86_64")]
+    let _ = LIMIT.set(match isa {
+        Isa::Avx512 => Width::Avx512,
+        Isa::AvxVnni | Isa::Avx2 => Width::Avx2,
+        _ => Width::Baseline,
+    });
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = isa;
+}
+
+/// The widest that the CPU has, within the limit.
 #[cfg(target_arch = "x86_64")]
 fn widest() -> Width {
     let width = if is_x86_feature_detected!("avx512f") {
@@ -32,6 +53,7 @@ fn widest() -> Width {
     } else {
         Width::Baseline
     };
+    let width = LIMIT.get().map_or(width, |limit| width.min(*limit));
     #[cfg(test)]
     let width = width.min(tests::WIDEST.get());
     width
