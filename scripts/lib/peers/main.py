@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import engines
-import models
 from page import processor, replace, write_docs
 
 # Model, class of weights, forms.
@@ -93,6 +92,9 @@ class Results:
 
 def peers_of(options: argparse.Namespace, model: str, forms: list) -> dict:
     """Name of an engine to the function that runs one round of it."""
+    # Wants packages that are installed for a measurement, and not for --help.
+    import models
+
     isa = options.isa if options.isa != "native" else None
     found = {}
     for form in forms:
