@@ -22,7 +22,7 @@ use podium::backend::cuda::gpu::Gpu;
 use podium::backend::cuda::matmul::{Epilogue, Operands, Shape, gated_rows};
 use podium::backend::cuda::matmul_skinny::matmul_skinny;
 use podium::backend::cuda::matmul_tiled::matmul_tiled;
-use podium::backend::cuda::matmul_wgmma::{TileMaps, matmul_wgmma};
+use podium::backend::cuda::matmul_wgmma::{Tiles, matmul_wgmma};
 use podium::backend::cuda::norm::{norm_add, norm_rows, round_rows};
 use podium::backend::cuda::token_logprobs::token_logprobs;
 use podium::backend::cuda::weights::Form;
@@ -178,6 +178,7 @@ impl Bench {
                         bias: None,
                         epilogue,
                         shape: Shape {
+                            first_row: 0,
                             rows,
                             out_features,
                             stride: matrices[0].stride,
@@ -194,14 +195,17 @@ impl Bench {
                         continue;
                     }
                     // On Hopper, weights of bfloat16.
-                    let maps = (0..matrices.len()).map(|i| {
-                        let Operands { weight, shape, .. } = operands(i);
-                        TileMaps::new(&self.device, &x, weight, shape).expect("memory")
+                    let stride = matrices[0].stride;
+                    let x_tiles = Tiles::new(&self.device, &x, stride).expect("memory");
+                    let tiles = matrices.iter().map(|matrix| {
+                        Tiles::of_weights(&self.device, &matrix.weight, stride).expect("memory")
                     });
-                    if let Some(maps) = maps.collect::<Option<Vec<_>>>() {
+                    let tiles = tiles.collect::<Option<Vec<_>>>();
+                    if let (Some(x), Some(weights)) = (x_tiles, tiles) {
                         let what = format!("wgmma, {rows} rows");
                         self.time(&mut group, what, throughput, |i| {
-                            matmul_wgmma(&*self.device, &operands(i), &maps[i % maps.len()])
+                            let tiles = (&x, &weights[i % weights.len()]);
+                            matmul_wgmma(&*self.device, &operands(i), tiles)
                         });
                     }
                 }

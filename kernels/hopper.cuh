@@ -74,6 +74,14 @@ __device__ __forceinline__ void mbarrier_wait(Shared<Mbarrier> barrier, unsigned
 #endif
 }
 
+// By a thread, before its first copy by `map`, which the host wrote: what it wrote last is seen, not what was cached of that
+// address before.
+__device__ __forceinline__ void fence_tensor_map([[maybe_unused]] Global<const TensorMap> map) {
+#ifndef PODIUM_EMULATE
+    asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
+#endif
+}
+
 // By one thread: begins to copy the box of `map` whose first number is (column, row) to shared memory, aligned to 1024
 // bytes, in the layout of 128-byte swizzle; zeros where the matrix has none. `barrier` counts the bytes.
 __device__ __forceinline__ void copy_tile(Shared<bf16> to, Global<const TensorMap> map, unsigned column, unsigned row,

@@ -1,7 +1,8 @@
 // out = epilogue(x · weightᵀ + bias) for a prompt's rows, on Hopper: bound by tensor cores.
 //
-//   x       map of [rows, stride] bfloat16, box 64 × 128 rows
+//   x       map of [any, stride] bfloat16, box 64 × 128 rows; the rows that go in are `rows`, from first_row on
 //   weight  map of [out_features, stride] bfloat16, box 64 × 128 rows
+//   out     [rows, width]: its first row is that of x's first_row
 //   the rest, and epilogues: matmul.cuh
 //
 // A block is 128 outputs and 128 rows, the grid (rows, outputs). Of its three warpgroups the last loads: one of its threads
@@ -28,9 +29,10 @@ constexpr unsigned STAGE_BYTES = STAGE * sizeof(bf16);
 constexpr unsigned SUM_STRIDE = OUTPUTS + 4;
 
 extern "C" __global__ void __launch_bounds__(THREADS + WARPGROUP, 1)
-    matmul_wgmma(Global<const TensorMap> x, Global<const TensorMap> weight, Global<const float> bias, unsigned rows,
-                 unsigned stride, unsigned epilogue, float cap, unsigned width, Global<float> out) {
-    const unsigned first_output = blockIdx.y * OUTPUTS, first_row = blockIdx.x * ROWS;
+    matmul_wgmma(Global<const TensorMap> x, Global<const TensorMap> weight, Global<const float> bias,
+                 unsigned first_row, unsigned rows, unsigned stride, unsigned epilogue, float cap, unsigned width,
+                 Global<float> out) {
+    const unsigned first_output = blockIdx.y * OUTPUTS, first_of_x = first_row + blockIdx.x * ROWS;
     const unsigned steps = (stride + TILE_INPUTS - 1) / TILE_INPUTS, warpgroup = threadIdx.x / WARPGROUP;
     const Shared<bf16> ring = shared_memory<bf16>();
     const auto full = shared_memory<Mbarrier>(STAGES * STAGE_BYTES), empty = full + STAGES;
@@ -48,13 +50,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + WARPGROUP, 1)
 
     float sums[ROWS / 8 * 4];
     if (warpgroup == CONSUMERS) {
+        if (threadIdx.x == THREADS) {
+            fence_tensor_map(x);
+            fence_tensor_map(weight);
+        }
         for (unsigned step = 0; step < steps && threadIdx.x == THREADS; ++step) {
             const unsigned stage = step % STAGES, turn = step / STAGES;
             // The first turn finds every stage empty: the phase before the first counts as ended.
             mbarrier_wait(empty + stage, (turn + 1) % 2);
             mbarrier_arrive_expect(full + stage, STAGE_BYTES);
             copy_tile(ring + stage * STAGE, weight, step * TILE_INPUTS, first_output, full + stage);
-            copy_tile(ring + stage * STAGE + WEIGHT_TILE, x, step * TILE_INPUTS, first_row, full + stage);
+            copy_tile(ring + stage * STAGE + WEIGHT_TILE, x, step * TILE_INPUTS, first_of_x, full + stage);
         }
     } else {
         for (unsigned step = 0; step < steps; ++step) {

@@ -6,6 +6,8 @@ mod chat_model;
 #[path = "support/golden_file.rs"]
 #[allow(dead_code)]
 mod golden_file;
+#[path = "emulate/wgmma.rs"]
+mod wgmma;
 
 use std::ops::ControlFlow::Continue;
 use std::path::Path;
@@ -140,39 +142,39 @@ fn logits<B: Backend>(model: &Model<B>, prompt: &[u32]) -> Vec<f32> {
 #[test]
 fn features_logits_and_log_probabilities_are_the_cpus_within_what_bfloat16_explains() {
     for name in FAMILIES {
-        let golden = Golden::read(name);
-        let (cpu, cuda) = (
-            on_cpu(&folder(name)),
-            emulated(&folder(name), Checks::default()),
-        );
-        let all = cpu.config.layers;
-        let [expected, got] = [
-            logits(&cpu, &golden.prompt.tokens),
-            logits(&cuda, &golden.prompt.tokens),
-        ];
-        assert_near(&format!("{name}: logits"), &got, &expected, bound(all));
-        let layers: Vec<usize> = (1..=all).collect();
-        let expected = score(&mut engine(cpu), &golden, &layers);
-        let got = score(&mut engine(cuda), &golden, &layers);
-        for (i, layer) in layers.iter().enumerate() {
-            let what = format!("{name}: prompt after layer {layer}");
-            let [ours, reference] = [&got, &expected].map(|s| &s.prompt_features[i]);
+        assert_the_cpus_numbers(name, emulated(&folder(name), Checks::default()));
+    }
+}
+
+#[track_caller]
+fn assert_the_cpus_numbers(name: &str, cuda: Model<Cuda>) {
+    let (golden, cpu) = (Golden::read(name), on_cpu(&folder(name)));
+    let all = cpu.config.layers;
+    let [expected, got] = [
+        logits(&cpu, &golden.prompt.tokens),
+        logits(&cuda, &golden.prompt.tokens),
+    ];
+    assert_near(&format!("{name}: logits"), &got, &expected, bound(all));
+    let layers: Vec<usize> = (1..=all).collect();
+    let expected = score(&mut engine(cpu), &golden, &layers);
+    let got = score(&mut engine(cuda), &golden, &layers);
+    for (i, layer) in layers.iter().enumerate() {
+        let what = format!("{name}: prompt after layer {layer}");
+        let [ours, reference] = [&got, &expected].map(|s| &s.prompt_features[i]);
+        assert_near(&what, ours, reference, bound(*layer));
+        for candidate in 0..golden.candidates.len() {
+            let what = format!("{name}: candidate {candidate} after layer {layer}");
+            let [ours, reference] = [&got, &expected].map(|s| &s.candidate_features[candidate][i]);
             assert_near(&what, ours, reference, bound(*layer));
-            for candidate in 0..golden.candidates.len() {
-                let what = format!("{name}: candidate {candidate} after layer {layer}");
-                let [ours, reference] =
-                    [&got, &expected].map(|s| &s.candidate_features[candidate][i]);
-                assert_near(&what, ours, reference, bound(*layer));
-            }
         }
-        for (ours, reference) in got.token_logprobs.iter().zip(&expected.token_logprobs) {
-            assert_near(
-                &format!("{name}: log-probabilities"),
-                ours,
-                reference,
-                bound(all),
-            );
-        }
+    }
+    for (ours, reference) in got.token_logprobs.iter().zip(&expected.token_logprobs) {
+        assert_near(
+            &format!("{name}: log-probabilities"),
+            ours,
+            reference,
+            bound(all),
+        );
     }
 }
 

@@ -90,6 +90,7 @@ fn packs_checks_and_reports() {
         "### tiny, bf16 weights",
         "### tiny, int8 weights",
         "### tiny, fp8 weights",
+        "| prefill 40, wgmma |",
         "| step, N = 8 |",
         "### Ranking 100 candidates",
         "norm_rows/8  time:",

@@ -242,9 +242,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// `out[row] = table[token of row] · scale`.
     fn embed(&self, plan: &Self::Plan, table: &Self::Matrix, scale: f32, out: &mut Self::Rows);
 
-    /// `out = norm(x) · weightᵀ + bias`.
+    /// `out = norm(x) · weightᵀ + bias`. Of this and the other products of a layer, the rows are those
+    /// of the plan.
     fn norm_matmul(
         &self,
+        plan: &Self::Plan,
         x: &Self::Rows,
         norm: Norm<Self::Vector>,
         weight: &Self::Matrix,
@@ -277,6 +279,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// `residual += x · weightᵀ + bias`, or, with a norm, `residual += norm(x · weightᵀ + bias)`.
     fn matmul_add(
         &self,
+        plan: &Self::Plan,
         x: &Self::Rows,
         weight: &Self::Matrix,
         bias: Option<&Self::Vector>,
@@ -285,8 +288,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     );
 
     /// `out = activation(norm(x) · gateᵀ) ⊙ (norm(x) · upᵀ)`.
+    #[allow(clippy::too_many_arguments)]
     fn norm_gated_matmul(
         &self,
+        plan: &Self::Plan,
         x: &Self::Rows,
         norm: Norm<Self::Vector>,
         weight: &Self::Matrix,

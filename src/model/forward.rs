@@ -287,6 +287,7 @@ impl<B: Backend> Model<B> {
                 key_norm: layer.key_norm.as_ref().map(norm),
             };
             backend.norm_matmul(
+                plan,
                 residual,
                 norm(&layer.input_norm),
                 &layer.qkv,
@@ -297,6 +298,7 @@ impl<B: Backend> Model<B> {
             backend.attention(plan, &attention, qkv, kv, attended);
             let post = layer.post_attention_norm.as_ref().map(norm);
             backend.matmul_add(
+                plan,
                 attended,
                 &layer.output,
                 layer.output_bias.as_ref(),
@@ -306,9 +308,24 @@ impl<B: Backend> Model<B> {
 
             let (bias, activation) = (layer.gate_up_bias.as_ref(), config.activation);
             let before = norm(&layer.feed_forward_norm);
-            backend.norm_gated_matmul(residual, before, &layer.gate_up, bias, activation, gated);
+            backend.norm_gated_matmul(
+                plan,
+                residual,
+                before,
+                &layer.gate_up,
+                bias,
+                activation,
+                gated,
+            );
             let post = layer.post_feed_forward_norm.as_ref().map(norm);
-            backend.matmul_add(gated, &layer.down, layer.down_bias.as_ref(), post, residual);
+            backend.matmul_add(
+                plan,
+                gated,
+                &layer.down,
+                layer.down_bias.as_ref(),
+                post,
+                residual,
+            );
 
             if depth.capture.contains(&(index + 1)) {
                 for (_, rows) in captured.iter_mut().filter(|(layer, _)| *layer == index + 1) {

@@ -345,6 +345,7 @@ impl Backend for Cpu {
 
     fn norm_matmul(
         &self,
+        _: &Plan,
         x: &Rows,
         norm: Norm<Vector>,
         weight: &Matrix,
@@ -412,6 +413,7 @@ impl Backend for Cpu {
 
     fn matmul_add(
         &self,
+        _: &Plan,
         x: &Rows,
         weight: &Matrix,
         bias: Option<&Vector>,
@@ -439,6 +441,7 @@ impl Backend for Cpu {
 
     fn norm_gated_matmul(
         &self,
+        _: &Plan,
         x: &Rows,
         norm: Norm<Vector>,
         weight: &Matrix,

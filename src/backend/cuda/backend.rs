@@ -8,10 +8,11 @@ use super::embed::embed;
 use super::gather_rank::GatherRankError;
 use super::graphs::{GraphUse, Key};
 use super::kv_cache::KvCache;
-use super::matmul::{Epilogue, Operands, Shape, matmul};
+use super::matmul::Epilogue;
+use super::matmul_wgmma::InputTiles;
 use super::matrix::Matrix;
-use super::norm::{norm_add, norm_rows, round_rows};
 use super::plan::{AngleTables, DrawPlan, Plan, Planner};
+use super::products::Of;
 use super::rank::OnDevice;
 use super::rope_append::{self, rope_append};
 use super::sample::{self, sample};
@@ -42,19 +43,22 @@ const MAX_HEAD_DIM: usize = 512;
 /// A decode step (every row a candidate's next token) is recorded, by the size of its batch rounded
 /// up, and from then on replayed; all other steps are launched operation by operation.
 pub struct Cuda {
-    device: Arc<dyn Device>,
+    pub(super) device: Arc<dyn Device>,
     /// Weights that are not stored in blocks become e4m3.
     fp8: bool,
+    /// Prompts' rows go through `matmul_wgmma`, where that can be.
+    wgmma: bool,
     /// The first failure of a launch. Operations have no result, so it is told by the next call that
     /// has one.
     fault: Mutex<Option<DeviceError>>,
     angles: AngleTables,
     /// The left side of a product, and a result that is not yet the operation's.
-    inputs: Mutex<Growing<bf16>>,
-    unfinished: Mutex<Growing<f32>>,
+    pub(super) inputs: Mutex<Growing<bf16>>,
+    pub(super) input_tiles: Mutex<InputTiles>,
+    pub(super) unfinished: Mutex<Growing<f32>>,
     /// Moves when any memory does that recordings point to.
     rankers: Mutex<OnDevice>,
-    layout: Layout,
+    pub(super) layout: Layout,
     records: bool,
     graph_use: GraphUse,
 }
@@ -82,11 +86,8 @@ impl Rows {
     }
 }
 
-/// What the memory between two kernels of an operation is for.
-const SCRATCH: &str = "intermediate results";
-
 /// What a panicking operation left behind is overwritten by the next.
-fn lock<T>(memory: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(memory: &Mutex<T>) -> MutexGuard<'_, T> {
     memory.lock().unwrap_or_else(|e| e.into_inner())
 }
 
@@ -95,9 +96,11 @@ impl Cuda {
         Cuda {
             device,
             fp8: false,
+            wgmma: false,
             fault: Mutex::new(None),
             angles: AngleTables::default(),
             inputs: Mutex::default(),
+            input_tiles: Mutex::default(),
             unfinished: Mutex::default(),
             rankers: Mutex::default(),
             layout: Layout::default(),
@@ -110,6 +113,14 @@ impl Cuda {
     /// the memory and bandwidth of 16 bits.
     pub fn fp8(self) -> Cuda {
         Cuda { fp8: true, ..self }
+    }
+
+    /// The same, with prompts' rows multiplied by `matmul_wgmma` or not, where the device and the form of
+    /// the weights allow it: on Hopper, with bfloat16. Off unless told otherwise, until a GPU has shown what
+    /// it gains. It adds in another order, so a row's bits depend on this; on its batch they do not.
+    #[must_use]
+    pub fn wgmma(self, wgmma: bool) -> Cuda {
+        Cuda { wgmma, ..self }
     }
 
     /// The same, every step launched operation by operation.
@@ -130,6 +141,14 @@ impl Cuda {
         &self.device
     }
 
+    /// A matrix, ready for this backend's products.
+    pub fn prepared(&self, matrix: Matrix) -> Result<Matrix, DeviceError> {
+        match self.wgmma {
+            true => matrix.with_tiles(&self.device),
+            false => Ok(matrix),
+        }
+    }
+
     fn failure(&self) -> Option<DeviceError> {
         lock(&self.fault).clone()
     }
@@ -142,71 +161,11 @@ impl Cuda {
     }
 
     /// Runs an operation, unless one has failed before.
-    fn run(&self, operation: impl FnOnce() -> Result<(), DeviceError>) {
+    pub(super) fn run(&self, operation: impl FnOnce() -> Result<(), DeviceError>) {
         let mut fault = lock(&self.fault);
         if fault.is_none() {
             *fault = operation().err();
         }
-    }
-
-    /// `out = epilogue(inputs · weightᵀ + bias)`
-    fn product(
-        &self,
-        inputs: &Buffer<bf16>,
-        weight: &Matrix,
-        bias: Option<&Buffer<f32>>,
-        epilogue: Epilogue,
-        rows: usize,
-        out: &Buffer<f32>,
-    ) -> Result<(), DeviceError> {
-        let shape = Shape {
-            rows,
-            out_features: weight.out_features,
-            stride: weight.stride,
-            width: weight.width,
-        };
-        let operands = Operands {
-            x: inputs,
-            weight: &weight.weight,
-            bias,
-            epilogue,
-            shape,
-            out,
-        };
-        matmul(&*self.device, &operands)
-    }
-
-    /// `out = epilogue(norm(x) · weightᵀ + bias)`, of all rows, or those in `of`.
-    fn norm_product(
-        &self,
-        (x, of): (&Rows, Option<Slice<u32>>),
-        norm: Norm<Buffer<f32>>,
-        weight: &Matrix,
-        bias: Option<&Buffer<f32>>,
-        epilogue: Epilogue,
-        out: &Rows,
-    ) {
-        let rows = of.map_or(x.rows, |of| of.len());
-        if rows == 0 {
-            return;
-        }
-        self.run(|| {
-            let mut scratch = lock(&self.inputs);
-            let len = rows * weight.stride;
-            let inputs = scratch.at_least(&self.device, &self.layout, len, SCRATCH)?;
-            let shape = (rows, x.width, weight.stride);
-            let (weight_of_norm, epsilon) = (norm.weight, norm.epsilon);
-            norm_rows(
-                &*self.device,
-                &x.buffer,
-                of,
-                weight_of_norm,
-                epsilon,
-                shape,
-                inputs,
-            )?;
-            self.product(inputs, weight, bias, epilogue, rows, &out.buffer)
-        });
     }
 }
 
@@ -222,11 +181,11 @@ impl Backend for Cuda {
     }
 
     fn matrix(&self, parts: &[Tensor]) -> Result<Matrix, BackendError> {
-        Ok(Matrix::pack(&self.device, parts, self.fp8)?)
+        Ok(self.prepared(Matrix::pack(&self.device, parts, self.fp8)?)?)
     }
 
     fn gated_matrix(&self, gate: &Tensor, up: &Tensor) -> Result<Matrix, BackendError> {
-        Ok(Matrix::pack_gated(&self.device, gate, up, self.fp8)?)
+        Ok(self.prepared(Matrix::pack_gated(&self.device, gate, up, self.fp8)?)?)
     }
 
     fn matrix_bytes(&self, matrix: &Matrix) -> usize {
@@ -383,13 +342,15 @@ impl Backend for Cuda {
 
     fn norm_matmul(
         &self,
+        plan: &Plan,
         x: &Rows,
         norm: Norm<Buffer<f32>>,
         weight: &Matrix,
         bias: Option<&Buffer<f32>>,
         out: &mut Rows,
     ) {
-        self.norm_product((x, None), norm, weight, bias, Epilogue::Store, out);
+        let of = Of::Batch(plan);
+        self.norm_product((x, of), norm, weight, bias, Epilogue::Store, out);
     }
 
     fn rope_append(
@@ -457,47 +418,19 @@ impl Backend for Cuda {
 
     fn matmul_add(
         &self,
+        plan: &Plan,
         x: &Rows,
         weight: &Matrix,
         bias: Option<&Buffer<f32>>,
         norm: Option<Norm<Buffer<f32>>>,
         residual: &mut Rows,
     ) {
-        let rows = x.rows;
-        if rows == 0 {
-            return;
-        }
-        self.run(|| {
-            let mut scratch = lock(&self.inputs);
-            let len = rows * weight.stride;
-            let inputs = scratch.at_least(&self.device, &self.layout, len, SCRATCH)?;
-            round_rows(
-                &*self.device,
-                &x.buffer,
-                (rows, x.width, weight.stride),
-                inputs,
-            )?;
-            let Some(norm) = norm else {
-                return self.product(inputs, weight, bias, Epilogue::Add, rows, &residual.buffer);
-            };
-            let mut scratch = lock(&self.unfinished);
-            let len = rows * weight.width;
-            let product = scratch.at_least(&self.device, &self.layout, len, SCRATCH)?;
-            self.product(inputs, weight, bias, Epilogue::Store, rows, product)?;
-            let shape = (rows, weight.width);
-            norm_add(
-                &*self.device,
-                product,
-                norm.weight,
-                norm.epsilon,
-                shape,
-                &residual.buffer,
-            )
-        });
+        self.product_add((x, plan), weight, bias, norm, residual);
     }
 
     fn norm_gated_matmul(
         &self,
+        plan: &Plan,
         x: &Rows,
         norm: Norm<Buffer<f32>>,
         weight: &Matrix,
@@ -506,7 +439,7 @@ impl Backend for Cuda {
         out: &mut Rows,
     ) {
         self.norm_product(
-            (x, None),
+            (x, Of::Batch(plan)),
             norm,
             weight,
             bias,
@@ -526,7 +459,7 @@ impl Backend for Cuda {
     ) {
         let epilogue = softcap.map_or(Epilogue::Store, Epilogue::Softcap);
         let product = |rows: Slice<u32>, out: &mut Rows| {
-            self.norm_product((x, Some(rows)), norm, weight, None, epilogue, out);
+            self.norm_product((x, Of::These(rows)), norm, weight, None, epilogue, out);
         };
         match rows {
             LogitRows::Drawn(plan) => {

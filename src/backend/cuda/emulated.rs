@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 /// `emulate::Kernel`, which only C++ looks into.
@@ -72,7 +72,8 @@ pub struct Emulated {
     fault: Mutex<Option<DeviceError>>,
     /// Threads that run blocks; rayon's own where there are none.
     pool: Option<ThreadPool>,
-    launches: AtomicU64,
+    /// Of each kernel.
+    launches: Mutex<HashMap<String, u64>>,
     /// How often the host has waited, from 1 on: then no kernel is running that wrote before.
     era: AtomicU32,
     memory: Mutex<Allocations>,
@@ -149,7 +150,7 @@ impl Emulated {
             checks,
             fault: Mutex::default(),
             pool: None,
-            launches: AtomicU64::new(0),
+            launches: Mutex::default(),
             era: AtomicU32::new(1),
             memory: Mutex::default(),
             ring: Mutex::new(Ring::new(UPLOAD_PIECES, UPLOAD_PIECE_BYTES)),
@@ -161,7 +162,12 @@ impl Emulated {
 
     /// Launches so far, replayed ones too.
     pub fn launches(&self) -> u64 {
-        self.launches.load(Ordering::Relaxed)
+        lock(&self.launches).values().sum()
+    }
+
+    /// Those of one kernel.
+    pub fn launches_of(&self, kernel: &str) -> u64 {
+        lock(&self.launches).get(kernel).copied().unwrap_or(0)
     }
 
     /// The same, its blocks on that many threads.
@@ -412,7 +418,8 @@ impl Device for Emulated {
             return Ok(());
         }
         self.do_copies(None);
-        let before = self.launches.fetch_add(1, Ordering::Relaxed);
+        let before = self.launches();
+        *lock(&self.launches).entry(kernel.to_string()).or_default() += 1;
         if self.checks.lost_after == Some(before) {
             let message = format!("the emulated device was to be lost after {before} launches");
             return Err(self.fail(DeviceError::Fault(message)));

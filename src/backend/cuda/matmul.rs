@@ -1,12 +1,13 @@
 //! What the matrix products share (`kernels/matmul.cuh`), and which of them is launched.
 
-use super::device::{Arguments, Buffer, Device, DeviceError};
+use super::device::{Address, Arguments, Buffer, Device, DeviceError};
 use super::matmul_skinny::{MAX_ROWS, matmul_skinny};
 use super::matmul_tiled::matmul_tiled;
 use super::weights::Weights;
 use crate::arguments;
 use crate::model::config::Activation;
 use half::bf16;
+use std::ops::Range;
 
 /// Where a gate and an up projection lie in one matrix: sixteen gates, their sixteen ups, and so on.
 /// `width` gates; rows beyond them are zeros.
@@ -32,6 +33,9 @@ pub enum Epilogue {
 /// Sizes of a product.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
+    /// Rows of the inputs and of the results that are left out.
+    pub first_row: usize,
+    /// Rows behind them that are computed.
     pub rows: usize,
     /// Rows of the weights.
     pub out_features: usize,
@@ -42,19 +46,35 @@ pub struct Shape {
 }
 
 /// What a product takes, and where its results go.
+#[derive(Clone, Copy)]
 pub struct Operands<'a> {
-    /// [rows, stride]
+    /// [first_row + rows, stride]
     pub x: &'a Buffer<bf16>,
     /// `out_features` rows.
     pub weight: &'a Weights,
     pub bias: Option<&'a Buffer<f32>>,
     pub epilogue: Epilogue,
     pub shape: Shape,
-    /// [rows, width]
+    /// [first_row + rows, width]
     pub out: &'a Buffer<f32>,
 }
 
 impl Operands<'_> {
+    /// The same of some of its rows.
+    pub fn of(self, rows: Range<usize>) -> Self {
+        let shape = Shape {
+            first_row: self.shape.first_row + rows.start,
+            rows: rows.len(),
+            ..self.shape
+        };
+        Operands { shape, ..self }
+    }
+
+    /// Where the results of the first row go.
+    pub(super) fn results(&self) -> Address {
+        self.out.at(self.shape.first_row * self.shape.width)
+    }
+
     /// `Epilogue` of `kernels/matmul.cuh`, and its cap.
     pub(super) fn epilogue_code(&self) -> (u32, f32) {
         match self.epilogue {
@@ -70,10 +90,11 @@ impl Operands<'_> {
     pub(super) fn arguments(&self) -> Arguments {
         let (code, cap) = self.epilogue_code();
         let shape = self.shape;
+        let x = self.x.at(shape.first_row * shape.stride);
         let operands = match self.weight {
-            Weights::Bf16(numbers) => arguments![self.x, numbers],
-            Weights::Int8 { codes, scales } => arguments![self.x, codes, scales],
-            Weights::Fp8 { codes, scales } => arguments![self.x, codes, scales],
+            Weights::Bf16(numbers) => arguments![x, numbers],
+            Weights::Int8 { codes, scales } => arguments![x, codes, scales],
+            Weights::Fp8 { codes, scales } => arguments![x, codes, scales],
         };
         operands
             .with(self.bias)
@@ -83,7 +104,7 @@ impl Operands<'_> {
             .with(code)
             .with(cap)
             .with(shape.width as u32)
-            .with(self.out)
+            .with(self.results())
     }
 }
 
@@ -143,6 +164,7 @@ mod tests {
                 bias: bias.then(|| random(3, if gated { 2 * width } else { width })),
                 before: random(4, rows * width),
                 shape: Shape {
+                    first_row: 0,
                     rows,
                     out_features,
                     stride,
@@ -256,6 +278,39 @@ mod tests {
                     let by = KERNELS.map(|kernel| case.run(&device, epilogue, kernel));
                     assert_within(&by[0], &expected, |e| bound(size.1, e));
                     assert_eq!(bits(&by[0]), bits(&by[1]), "{form:?}, {size:?}");
+                }
+            }
+        }
+    }
+
+    /// Rows between the runs are not touched.
+    #[test]
+    fn a_run_of_rows_has_the_same_bits_and_leaves_the_others_alone() {
+        const RUNS: [Range<usize>; 2] = [3..12, 70..130];
+        fn of_runs(
+            device: &dyn Device,
+            operands: &Operands,
+            by: Kernel,
+        ) -> Result<(), DeviceError> {
+            let mut runs = RUNS.into_iter();
+            runs.try_for_each(|run| by(device, &operands.of(run)))
+        }
+        let by_runs: [Kernel; 2] = [
+            |device, operands| of_runs(device, operands, matmul_skinny),
+            |device, operands| of_runs(device, operands, matmul_tiled),
+        ];
+        let (device, width) = (device(), 20);
+        for form in Form::ALL {
+            let case = Case::new(form, (140, 72, width), false, true);
+            let all = case.run(&device, Epilogue::Add, matmul);
+            for kernel in by_runs {
+                let got = case.run(&device, Epilogue::Add, kernel);
+                for (row, got) in got.chunks(width).enumerate() {
+                    let expected = match RUNS.iter().any(|run| run.contains(&row)) {
+                        true => &all,
+                        false => &case.before,
+                    };
+                    assert_eq!(bits(got), bits(&expected[row * width..][..width]), "{row}");
                 }
             }
         }

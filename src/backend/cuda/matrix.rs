@@ -3,6 +3,7 @@
 
 use super::device::{Device, DeviceError};
 use super::matmul::{gated_row, gated_rows};
+use super::matmul_wgmma::Tiles;
 use super::weights::{
     BLOCK, Form, Weights, int8_scale_at, int8_scales_len, interleave, quantize_fp8,
 };
@@ -21,6 +22,8 @@ pub struct Matrix {
     pub stride: usize,
     /// Numbers of a result's row: of a gated matrix, its gates.
     pub width: usize,
+    /// Where prompts' rows are multiplied with it by `matmul_wgmma`.
+    pub tiles: Option<Tiles>,
 }
 
 /// A stored row.
@@ -123,7 +126,14 @@ impl Matrix {
             out_features,
             stride,
             width,
+            tiles: None,
         })
+    }
+
+    /// The same, for `matmul_wgmma` too, where that can be.
+    pub fn with_tiles(self, device: &Arc<dyn Device>) -> Result<Matrix, DeviceError> {
+        let tiles = Tiles::of_weights(device, &self.weight, self.stride)?;
+        Ok(Matrix { tiles, ..self })
     }
 
     /// Bytes on the device.

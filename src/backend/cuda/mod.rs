@@ -31,6 +31,7 @@ pub mod matmul_wgmma;
 mod matrix;
 pub mod norm;
 mod plan;
+mod products;
 mod random_weights;
 mod rank;
 pub mod rope_append;

@@ -9,6 +9,7 @@ use super::step_memory::{Layout, Packer};
 use crate::backend::cpu::rope::Angles;
 use crate::backend::{Batch, Draws, PAGE_LEN};
 use crate::model::config::Rope;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 /// Where each row of a batch stands, on the device, and what is drawn from it.
@@ -19,6 +20,8 @@ use std::sync::{Arc, Mutex};
 pub struct Plan {
     /// With those beyond the batch's.
     pub rows: usize,
+    /// All rows.
+    pub runs: Vec<Run>,
     pub tokens: Slice<u32>,
     pub positions: Slice<u32>,
     /// The page of each row's token, and its place there.
@@ -31,6 +34,43 @@ pub struct Plan {
     pub draws: Option<DrawPlan>,
     /// Where the step may be recorded, and as what.
     pub graph: Option<(Arc<Mutex<Graphs>>, Key)>,
+}
+
+/// Rows that follow each other, all of them prompts', or none: that is what decides how products may add
+/// them up, for it follows from a row's request alone. (A prompt's rows have no prefix, in one chunk or in
+/// several; candidates' have one, those that catch up too; and what is cached of prompts was computed as a
+/// prompt's rows.)
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    pub rows: Range<usize>,
+    pub of_prompts: bool,
+}
+
+impl Run {
+    /// The longest runs, up to row `rows`: those beyond the batch's belong to the last.
+    fn all(groups: &[Group], rows: usize) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        let mut end = 0;
+        for group in groups {
+            let start = end;
+            end += group.segments.iter().map(|s| s.rows).sum::<usize>();
+            if end == start {
+                continue;
+            }
+            let of_prompts = group.prefix_len == 0;
+            match runs.last_mut() {
+                Some(last) if last.of_prompts == of_prompts => last.rows.end = end,
+                _ => runs.push(Run {
+                    rows: start..end,
+                    of_prompts,
+                }),
+            }
+        }
+        if let Some(last) = runs.last_mut() {
+            last.rows.end = rows;
+        }
+        runs
+    }
 }
 
 /// The angles of each rope ([`AngleTables`]).
@@ -197,6 +237,7 @@ impl Plan {
         };
         Ok(Plan {
             rows,
+            runs: Run::all(&layed.groups, rows),
             tokens: tokens.at(base),
             positions: positions.at(base),
             pages: pages.at(base),
@@ -280,5 +321,44 @@ impl AngleTables {
             None => tables.push(table),
         }
         Ok(angles)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_cut_where_prompts_and_candidates_meet() {
+        let group = |prefix_len: usize, rows: &[usize]| Group {
+            prefix_table: 0,
+            prefix_len,
+            segments: rows
+                .iter()
+                .map(|&rows| Segment {
+                    table: 0,
+                    start: 5,
+                    rows,
+                })
+                .collect(),
+        };
+        let runs = |groups: &[Group], rows| -> Vec<(Range<usize>, bool)> {
+            let runs = Run::all(groups, rows).into_iter();
+            runs.map(|run| (run.rows, run.of_prompts)).collect()
+        };
+        assert_eq!(runs(&[], 0), []);
+        // Candidates alone, of a step that is recorded for more rows.
+        let decode = [group(9, &[1, 1]), group(20, &[1])];
+        assert_eq!(runs(&decode, 4), [(0..4, false)]);
+        let mixed = [
+            group(0, &[7]),
+            group(0, &[1]),
+            group(9, &[0]),
+            group(9, &[1, 3]),
+            group(20, &[1]),
+            group(0, &[2]),
+        ];
+        let expected = [(0..8, true), (8..13, false), (13..15, true)];
+        assert_eq!(runs(&mixed, 15), expected);
     }
 }

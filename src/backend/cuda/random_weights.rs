@@ -65,6 +65,7 @@ impl Matrix {
             out_features,
             stride: in_features,
             width,
+            tiles: None,
         })
     }
 }

@@ -1,13 +1,12 @@
 //! Models of known sizes, their weights made up on the device.
 
-use crate::backend::cuda::device::{Buffer, Device};
+use crate::backend::cuda::device::Buffer;
 use crate::backend::cuda::matmul::gated_rows;
 use crate::backend::cuda::weights::Form;
 use crate::backend::cuda::{Cuda, Matrix};
 use crate::backend::{Backend, BackendError};
 use crate::model::config::{Activation, AttentionConfig, ModelConfig, Rope};
 use crate::model::forward::{LoadError, Model, WeightSource};
-use std::sync::Arc;
 
 /// A model's sizes.
 pub struct Shape {
@@ -76,14 +75,14 @@ pub const SHAPES: [Shape; 4] = [
 ];
 
 impl Shape {
-    /// The model on a device.
-    pub fn model(&self, device: &Arc<dyn Device>, form: Form) -> Result<Model<Cuda>, LoadError> {
+    /// The model on a backend's device.
+    pub fn model(&self, backend: Cuda, form: Form) -> Result<Model<Cuda>, LoadError> {
         let source = MadeUp {
             shape: self,
             form,
             seed: 1,
         };
-        let (backend, name) = (Cuda::new(Arc::clone(device)), self.name.to_string());
+        let name = self.name.to_string();
         Model::assemble(backend, self.config(), name, String::new(), source)
     }
 
@@ -153,6 +152,7 @@ impl MadeUp<'_> {
         let (out_features, width) = outputs;
         let size = (out_features, inputs);
         let matrix = Matrix::random(backend.device(), self.form, size, width, self.seed);
+        let matrix = matrix.and_then(|matrix| backend.prepared(matrix));
         Ok(matrix.map_err(BackendError::from)?)
     }
 }

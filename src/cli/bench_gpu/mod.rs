@@ -18,6 +18,7 @@ use crate::backend::cuda::device::Device;
 use crate::backend::cuda::emulated::Emulated;
 use crate::backend::cuda::gpu::Gpu;
 use crate::backend::cuda::limits::{self, Effort, Limits};
+use crate::backend::cuda::matmul_wgmma;
 use crate::backend::cuda::weights::Form;
 use crate::backend::random::uniform;
 use crate::engine::select::Strategy;
@@ -31,7 +32,9 @@ Examples:
   podium bench-gpu --device emulate                    tiny shapes: that it runs, not how fast
 
 GB/s counts the bytes that a step has to read: every weight once, the prompt's keys and values once
-for all candidates, each candidate's own. TFLOP/s counts the operations of products and attention.";
+for all candidates, each candidate's own. TFLOP/s counts the operations of products and attention.
+Prefill of bfloat16 weights is measured once more where prompts' rows can go through Hopper's wgmma,
+which may do more than mma.sync's limit.";
 
 /// Measure a GPU's limits, and the engine's speed at the shapes of real models as fractions of them
 #[derive(Args, Clone, Debug)]
@@ -181,7 +184,8 @@ fn steps(
     limits: &Limits,
 ) -> Result<(), CliError> {
     let started = Instant::now();
-    let model = shape.model(device, form)?;
+    let backend = |wgmma| Cuda::new(Arc::clone(device)).wgmma(wgmma);
+    let model = shape.model(backend(false), form)?;
     device.synchronize()?;
     let (weights, multiply_adds) = (model.weight_bytes(), model.multiply_adds());
     println!(
@@ -222,12 +226,16 @@ fn steps(
         operations: 2.0 * (prompt * (multiply_adds as f64 - head) + head)
             + pair * prompt * (prompt + 1.0) / 2.0,
     };
-    work.row(
-        &format!("prefill {}", options.prompt_tokens),
-        prompt,
-        prefill,
-        limits,
-    );
+    let name = format!("prefill {}", options.prompt_tokens);
+    work.row(&name, prompt, prefill, limits);
+    let with_wgmma = form == Form::Bf16 && matmul_wgmma::is_supported(device)?;
+    if with_wgmma {
+        // There is room for one model.
+        drop(engine);
+        let mut engine = Engine::without_text(shape.model(backend(true), form)?)?;
+        let prefill = best_of_three(&mut engine, 1, options)?.prefill_s;
+        work.row(&format!("{name}, wgmma"), prompt, prefill, limits);
+    }
     for (n, seconds) in rows {
         let rows = f64::from(n);
         let work = Work {
@@ -235,6 +243,9 @@ fn steps(
             operations: rows * (2.0 * multiply_adds as f64 + pair * (prompt + own)),
         };
         work.row(&format!("step, N = {n}"), rows, seconds, limits);
+    }
+    if form == Form::Bf16 && !with_wgmma {
+        println!("\nprefill, wgmma: skipped, for it takes a Hopper GPU (sm_90a).");
     }
     println!();
     Ok(())
