@@ -151,10 +151,15 @@ const INSTRUCTIONS: [(&str, &[&str]); 9] = [
         "attention_prefill",
         &["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS"],
     ),
-    // Products of a warpgroup, tiles copied by the tensor memory accelerator.
+    // Products of a warpgroup, tiles copied by the tensor memory accelerator, whose maps are read anew.
     (
         "matmul_wgmma",
-        &["HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "SYNCS.PHASECHK"],
+        &[
+            "HGMMA.64x128x16.F32.BF16",
+            "UTMALDG.2D",
+            "UTMACCTL.IV",
+            "SYNCS.PHASECHK",
+        ],
     ),
     ("gather_rank", &["HMMA.16816.F32.BF16"]),
     ("attention", &["LDG.E.128"]),

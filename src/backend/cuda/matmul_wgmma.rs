@@ -179,7 +179,8 @@ mod tests {
 
         /// `None` where the device cannot.
         fn run(&self, device: &Arc<dyn Device>, epilogue: Epilogue) -> Option<Vec<f32>> {
-            self.run_in(device, epilogue, &[0..self.shape.rows])
+            let all = 0..self.shape.rows;
+            self.run_in(device, epilogue, std::slice::from_ref(&all))
         }
 
         /// By a launch for each of some runs of rows.
