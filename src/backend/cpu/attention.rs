@@ -10,6 +10,7 @@
 //! Blocks are counted from the start of the prefix and of a sequence's own tokens, so what a query
 //! adds up, and in which order, does not depend on the rest of the batch.
 
+use super::attention_block::{BLOCK, Block, Head, PAGES, block_pages};
 use super::attention_float::Floats;
 use super::attention_halves::Halves;
 use super::kv_cache::{Form, KvCache};
@@ -19,11 +20,8 @@ use super::simd::{Isa, Kernel, LANES, Simd};
 use super::team::Team;
 use crate::backend::{Batch, PAGE_LEN, PageId};
 use std::cell::RefCell;
+use std::ops::Range;
 
-/// Keys between two updates of the running maximum.
-pub(super) const BLOCK: usize = 64;
-/// Pages of a block.
-pub(super) const PAGES: usize = BLOCK / PAGE_LEN;
 /// Queries of a task: their outputs (64 × 4 bytes each, typically) stay in the second-level cache.
 const MAX_QUERIES: usize = 96;
 
@@ -275,84 +273,46 @@ impl Task<'_> {
             &row[(kv_head * per_row + index % per_row) * shape.head_dim..][..shape.head_dim]
         };
         let position = |index: usize| positions[index / per_row];
-        let keys = Keys {
+        let head = Head {
             kv,
             layer: shape.layer,
             kv_head,
         };
         unsafe {
-            // The shared prefix: every query sees all of it, but for the window.
-            for first in (0..queries).step_by(most_rows) {
-                let rows = most_rows.min(queries - first);
-                interleave::<S, N>(shape, first, rows, query, state.tiles);
-            }
             let own = |piece: usize| match run.pieces.get(piece) {
                 Some(&(segment, ..)) => &group.segments[segment].pages[..],
                 None => &[],
             };
-            for block in (0..group.prefix_len).step_by(BLOCK) {
-                let end = group.prefix_len.min(block + BLOCK);
-                let next = match end < group.prefix_len {
-                    true => block_pages(&group.prefix, end),
-                    false => block_pages(own(0), 0),
-                };
-                for first in (0..queries).step_by(most_rows) {
-                    let rows = most_rows.min(queries - first);
-                    let span = |i: usize| {
-                        let low = shape
-                            .window
-                            .map_or(0, |window| (position(first + i) + 1).saturating_sub(window));
-                        (low, group.prefix_len)
-                    };
-                    let share = (first / most_rows, queries.div_ceil(most_rows));
-                    attend::<S, N>(
-                        shape,
-                        first,
-                        rows,
-                        span,
-                        keys,
-                        &group.prefix,
-                        block,
-                        end,
-                        (next, share),
-                        &mut state,
-                    );
-                }
-            }
+            // The shared prefix: every query sees all of it, but for the window.
+            let prefix = Keys {
+                head,
+                pages: &group.prefix,
+                len: group.prefix_len,
+                behind: block_pages(own(0), 0),
+            };
+            let span = |index: usize| {
+                let low = shape
+                    .window
+                    .map_or(0, |window| (position(index) + 1).saturating_sub(window));
+                (low, group.prefix_len)
+            };
+            attend_to::<S, N>(shape, 0..queries, query, prefix, span, &mut state);
             // Each sequence's own tokens, up to the query's own.
             let mut done = 0;
             for (piece, &(_, _, rows)) in run.pieces.iter().enumerate() {
-                let pages = own(piece);
-                let (begin, after) = (done * per_row, (done + rows) * per_row);
-                for first in (begin..after).step_by(most_rows) {
-                    let rows = most_rows.min(after - first);
-                    let seen = position(first + rows - 1) + 1 - group.prefix_len;
-                    let span = |i: usize| {
-                        let own = position(first + i) + 1;
-                        let low = shape.window.map_or(0, |window| own.saturating_sub(window));
-                        (low.saturating_sub(group.prefix_len), own - group.prefix_len)
-                    };
-                    interleave::<S, N>(shape, first, rows, query, state.tiles);
-                    for block in (0..seen).step_by(BLOCK) {
-                        let end = seen.min(block + BLOCK);
-                        let next = match end < seen {
-                            true => block_pages(pages, end),
-                            false => block_pages(own(piece + 1), 0),
-                        };
-                        attend::<S, N>(
-                            shape,
-                            first,
-                            rows,
-                            span,
-                            keys,
-                            pages,
-                            block,
-                            end,
-                            (next, (0, 1)),
-                            &mut state,
-                        );
-                    }
-                }
+                let of_piece = done * per_row..(done + rows) * per_row;
+                let keys = Keys {
+                    head,
+                    pages: own(piece),
+                    len: position(of_piece.end - 1) + 1 - group.prefix_len,
+                    behind: block_pages(own(piece + 1), 0),
+                };
+                let span = |index: usize| {
+                    let own = position(index) + 1;
+                    let low = shape.window.map_or(0, |window| own.saturating_sub(window));
+                    (low.saturating_sub(group.prefix_len), own - group.prefix_len)
+                };
+                attend_to::<S, N>(shape, of_piece, query, keys, span, &mut state);
                 done += rows;
             }
             for index in 0..queries {
@@ -371,112 +331,106 @@ impl Task<'_> {
     }
 }
 
-#[derive(Clone, Copy)]
-struct Keys<'a> {
-    kv: &'a KvCache,
-    layer: usize,
-    kv_head: usize,
-}
-
-/// Lays the tile of queries `first .. first + rows` out as the register tile reads it, scaled: once,
-/// for all blocks of keys that it will meet.
+/// Lays a tile of queries out as the register tile reads it, scaled: once, for all blocks of keys that
+/// it will meet.
 #[inline(always)]
 unsafe fn interleave<'q, S: Simd, N: Numbers>(
     shape: Shape,
-    first: usize,
-    rows: usize,
+    queries: Range<usize>,
     query: impl Fn(usize) -> &'q [f32],
     tiles: &mut [u32],
 ) {
     let words = N::query_words(shape.head_dim);
-    let tile = &mut tiles[first * words..][..rows * words];
-    for i in 0..rows {
+    let tile = &mut tiles[queries.start * words..queries.end * words];
+    let rows = queries.len();
+    for (i, index) in queries.enumerate() {
         // SAFETY: passed on.
-        unsafe { N::put_query::<S>(query(first + i), shape.scale, (i, rows), tile) };
+        unsafe { N::put_query::<S>(query(index), shape.scale, (i, rows), tile) };
     }
 }
 
-/// The pages of the block of keys that begins there, as many as there are.
-fn block_pages(pages: &[PageId], block: usize) -> &[PageId] {
-    let pages = &pages[block / PAGE_LEN..];
-    &pages[..pages.len().min(PAGES)]
+/// Keys that queries attend to: a prefix, or a sequence's own.
+struct Keys<'a> {
+    head: Head<'a>,
+    pages: &'a [PageId],
+    len: usize,
+    /// Pages of what is attended to after them.
+    behind: &'a [PageId],
 }
 
-/// Takes the keys `block..end` of `pages` into the softmax of the queries `first .. first + rows`,
-/// which [`interleave`] has laid out, and of which query i sees the keys `span(i)`. Asks for a `share`
-/// (which one, of how many) of the keys and values of `next` meanwhile: for a few queries the time is all
-/// in waiting for memory.
-#[allow(clippy::too_many_arguments)]
+/// Takes keys into the softmax of queries, of which `index` sees the keys `span(index)`: block after
+/// block, each for every tile of queries.
+#[inline(always)]
+unsafe fn attend_to<'q, S: Simd, N: Numbers>(
+    shape: Shape,
+    queries: Range<usize>,
+    query: impl Fn(usize) -> &'q [f32],
+    keys: Keys,
+    span: impl Fn(usize) -> (usize, usize),
+    state: &mut State,
+) {
+    let tile = |first: usize| first..queries.end.min(first + N::most_rows::<S>());
+    let tiles = || queries.clone().step_by(N::most_rows::<S>()).map(tile);
+    if keys.len == 0 {
+        return;
+    }
+    // SAFETY: passed on.
+    unsafe {
+        for tile in tiles() {
+            interleave::<S, N>(shape, tile, &query, state.tiles);
+        }
+        for start in (0..keys.len).step_by(BLOCK) {
+            let end = keys.len.min(start + BLOCK);
+            let next = match end < keys.len {
+                true => block_pages(keys.pages, end),
+                false => keys.behind,
+            };
+            let mut block = Block::new(keys.head, keys.pages, start..end, next, tiles().len());
+            for tile in tiles() {
+                attend::<S, N>(shape, tile, &span, &mut block, state);
+            }
+        }
+    }
+}
+
+/// Takes a block of keys into the softmax of a tile of queries.
 #[inline(always)]
 unsafe fn attend<S: Simd, N: Numbers>(
     shape: Shape,
-    first: usize,
-    rows: usize,
+    queries: Range<usize>,
     span: impl Fn(usize) -> (usize, usize),
-    keys: Keys,
-    pages: &[PageId],
-    block: usize,
-    end: usize,
-    (next, share): (&[PageId], (usize, usize)),
+    block: &mut Block,
     state: &mut State,
 ) {
-    if (0..rows).all(|i| span(i).1 <= block || span(i).0 >= end) {
+    let Range { start, end } = block.range;
+    let sees_none = |index| span(index).1 <= start || span(index).0 >= end;
+    if queries.clone().all(sees_none) {
         return;
     }
+    let (first, rows) = (queries.start, queries.len());
     let padded = shape.head_dim.next_multiple_of(LANES);
-    let pages = &pages[block / PAGE_LEN..end.div_ceil(PAGE_LEN)];
-    // Of a page keys and values lie side by side.
-    let mut next_pages = [std::ptr::null(); PAGES];
-    let mut next_lines = 0;
-    let page_lines = keys.kv.head_words() / LANES;
-    for (place, &id) in next_pages.iter_mut().zip(next) {
-        *place = keys.kv.keys(id, keys.layer, keys.kv_head);
-        next_lines += page_lines;
-    }
-    let first_line = next_lines * share.0 / share.1;
-    let asked = next_lines * (share.0 + 1) / share.1 - first_line;
-    let turns = pages.len().div_ceil(2) + 1;
-    // One turn's part of it.
-    let ask = |turn: usize| {
-        let mut line = first_line + asked * turn / turns;
-        let end = first_line + asked * (turn + 1) / turns;
-        while line < end {
-            let page = line / page_lines;
-            let until = end.min((page + 1) * page_lines);
-            for line in line - page * page_lines..until - page * page_lines {
-                let line = next_pages[page].wrapping_add(line * LANES);
-                unsafe { S::prefetch_far(line.cast()) };
-            }
-            line = until;
-        }
-    };
+    let (k_pages, v_pages, ahead) = block.parts();
     unsafe {
         let words = N::query_words(shape.head_dim);
         let tile = state.tiles[first * words..][..rows * words].as_ptr();
         let scores = state.scores.as_mut_ptr();
-        let (mut k_pages, mut v_pages) = ([std::ptr::null(); PAGES], [std::ptr::null(); PAGES]);
-        for (page, &id) in pages.iter().enumerate() {
-            k_pages[page] = keys.kv.keys(id, keys.layer, keys.kv_head);
-            v_pages[page] = keys.kv.values(id, keys.layer, keys.kv_head);
-        }
-        let (k_pages, v_pages) = (&k_pages[..pages.len()], &v_pages[..pages.len()]);
         for (turn, pages) in k_pages.chunks(2).enumerate() {
-            ask(turn);
+            ahead.ask::<S>();
             let place = scores.add(turn * 2 * PAGE_LEN);
             N::scores::<S>(rows, tile, pages, shape.head_dim, place);
         }
-        ask(turns - 1);
-        for i in 0..rows {
-            let (low, high) = span(i);
+        ahead.ask::<S>();
+        for (i, index) in queries.enumerate() {
+            let (low, high) = span(index);
             let seen = (
-                low.clamp(block, end) - block,
-                high.clamp(block, end) - block,
+                low.clamp(start, end) - start,
+                high.clamp(start, end) - start,
             );
             let scores = scores.add(i * BLOCK);
-            update::<S, N>(shape, scores, v_pages, seen, first + i, padded, state);
+            update::<S, N>(shape, scores, v_pages, seen, index, padded, state);
         }
         let values = state.values.as_mut_ptr().add(first * padded);
-        N::add_values::<S>(rows, scores, v_pages, end - block, values, padded);
+        N::add_values::<S>(rows, scores, v_pages, end - start, values, padded);
     }
 }
 

@@ -1,7 +1,8 @@
 //! The products of attention in float32.
 
 use super::ahead::Stream;
-use super::attention::{BLOCK, Numbers, PAGES};
+use super::attention::Numbers;
+use super::attention_block::{BLOCK, PAGES};
 use super::format::F32;
 use super::simd::{Kernel, LANES, Simd};
 use super::tile::{interleaved_tile, load_sums, store_sums};

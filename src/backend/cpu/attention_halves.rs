@@ -3,7 +3,8 @@
 //! a query for each 64 of its coordinates, weights for each block of keys. A value's scale goes into the
 //! weight that it is multiplied with.
 
-use super::attention::{BLOCK, Numbers, PAGES, keep_seen};
+use super::attention::{Numbers, keep_seen};
+use super::attention_block::{BLOCK, PAGES};
 use super::halves::{SCALE, SPAN, VECTORS, activation_scale, put_whole};
 use super::integer::splat;
 use super::integer_tile::add_four;

@@ -93,18 +93,16 @@ impl KvCache {
         }
     }
 
-    /// The keys of a page; its values follow.
+    /// A head's keys of a page; its values follow.
+    #[inline]
     pub(super) fn keys(&self, page: PageId, layer: usize, kv_head: usize) -> *const u32 {
         let (slab, start) = self.place(page, layer, kv_head);
         self.slabs[slab].as_f32()[start..].as_ptr().cast()
     }
 
-    /// The values of a page.
-    pub(super) fn values(&self, page: PageId, layer: usize, kv_head: usize) -> *const u32 {
-        let (slab, start) = self.place(page, layer, kv_head);
-        self.slabs[slab].as_f32()[start + key_words(self.shape.head_dim, self.form)..]
-            .as_ptr()
-            .cast()
+    /// Words that a head's keys take of a page.
+    pub(super) fn key_words(&self) -> usize {
+        key_words(self.shape.head_dim, self.form)
     }
 
     /// Words that keys and values of a head take of a page.

@@ -2,6 +2,7 @@
 
 mod ahead;
 pub mod attention;
+mod attention_block;
 mod attention_float;
 mod attention_halves;
 mod few_rows;
@@ -207,7 +208,8 @@ impl Backend for Cpu {
     type KvCache = KvCache;
     type Plan = Plan;
 
-    const PROMPT_ROWS: usize = 256;
+    // Each panel of weights is read once for so many.
+    const PROMPT_ROWS: usize = matmul::ROW_BLOCK;
 
     fn name(&self) -> String {
         let threads = self.threads();
