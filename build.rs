@@ -230,12 +230,37 @@ fn archive(name: &str, objects: &[PathBuf], out: &Path, linked: bool) -> Result<
     // A new archive only where an object is newer: the crate's own build hangs on it.
     let mut build = cc::Build::new();
     build.cpp(true).out_dir(out).cargo_metadata(linked);
+    let library = linked.then(|| static_library(&build)).flatten();
+    if library.is_some() {
+        build.cpp_link_stdlib(None);
+    }
     for object in objects {
         build.object(object);
     }
     build
         .try_compile(name)
-        .map_err(|e| format!("cannot archive the kernels' emulation: {e}"))
+        .map_err(|e| format!("cannot archive the kernels' emulation: {e}"))?;
+    // Behind the archive, whose needs it meets.
+    if let Some(folder) = library.as_deref().and_then(Path::parent) {
+        println!("cargo:rustc-link-search=native={}", folder.display());
+        println!("cargo:rustc-link-lib=static:-bundle=stdc++");
+    }
+    Ok(())
+}
+
+/// GCC's C++ library to link statically, where there is one: the dynamic one would be 3 MB that every
+/// start of the program maps for a dozen functions, and one more thing that a machine has to have.
+fn static_library(build: &cc::Build) -> Option<PathBuf> {
+    const NAME: &str = "libstdc++.a";
+    let compiler = build.try_get_compiler().ok()?;
+    if !compiler.is_like_gnu() {
+        return None;
+    }
+    let mut command = compiler.to_command();
+    let answer = command.arg(format!("-print-file-name={NAME}")).output();
+    // The name alone, if it has none.
+    let path = PathBuf::from(String::from_utf8(answer.ok()?.stdout).ok()?.trim());
+    path.is_absolute().then_some(path)
 }
 
 /// Runs what is out of date, as many at a time as cargo allows.

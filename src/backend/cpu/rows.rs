@@ -24,7 +24,7 @@ enum Memory {
 struct Line([u8; 64]);
 
 /// From here on memory comes as pages, and goes back to the operating system when it is dropped.
-const PAGES_FROM: usize = 1 << 20;
+const PAGES_FROM: usize = 1 << 18;
 /// Rows give memory back that is for so many times as many rows. Taking it again costs a hundredth of
 /// the prefill that needs it.
 pub(super) const SPARE_TIMES: usize = 2;
