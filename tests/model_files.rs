@@ -575,6 +575,18 @@ fn a_gemma_by_the_reference_writer_has_its_windows_and_norms() {
 }
 
 #[test]
+fn the_bytes_of_all_tensors_are_those_of_each() {
+    for file in ["tiny-llama.gguf", "tiny-gemma3.gguf"] {
+        let model = ModelFiles::open(&golden(file)).unwrap();
+        let names = model.tensor_names();
+        let bytes: usize = names
+            .map(|name| model.tensor(name).unwrap().data.len())
+            .sum();
+        assert_eq!(model.tensor_bytes(), bytes as u64, "{file}");
+    }
+}
+
+#[test]
 fn fingerprints_tell_models_apart_and_stay() {
     let fingerprint = |path: &Path| ModelFiles::open(path).unwrap().fingerprint();
     let plain = fingerprint(folder(|_, _| {}).path());

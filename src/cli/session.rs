@@ -375,10 +375,7 @@ pub fn open_files(options: &GlobalOptions) -> Result<ModelFiles, CliError> {
 
 /// The model on its device, with a bar while it loads.
 pub fn load<B: Backend>(backend: B, files: &ModelFiles) -> Result<Model<B>, CliError> {
-    let bytes = files
-        .tensor_names()
-        .map(|name| files.tensor(name).map(|tensor| tensor.data.len() as u64));
-    let progress = Progress::new("loading", Some(bytes.sum::<Result<u64, _>>()?), Unit::Bytes);
+    let progress = Progress::new("loading", Some(files.tensor_bytes()), Unit::Bytes);
     Ok(Model::load(backend, files, &mut |bytes| {
         progress.advance(bytes)
     })?)

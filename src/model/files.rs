@@ -132,6 +132,12 @@ impl ModelFiles {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// Bytes of all these tensors in the files.
+    pub fn tensor_bytes(&self) -> u64 {
+        let ranges = self.tensors.values().map(|stored| &stored.range);
+        ranges.map(|range| range.len() as u64).sum()
+    }
+
     /// Asks for weight matrices that are stored as numbers to be quantised to Q8_0 when they are
     /// loaded: half the memory and bandwidth of 16 bits.
     pub fn quantized(self) -> Self {
