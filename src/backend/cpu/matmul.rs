@@ -10,7 +10,7 @@
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
-use super::ahead::{Runs, Shares, Stream};
+use super::ahead::{LINE, Runs, Shares, Stream};
 use super::few_rows::{self, FEW_TILES};
 use super::format::{F32, Packed, Plain, UNIT};
 use super::gemv::{GEMV_PANELS, gemv};
@@ -41,6 +41,9 @@ const AHEAD: usize = 8192;
 /// Most tiles for which plain weights are widened in registers, a tile at a time: with more, once into
 /// the cache for all is as fast.
 const DIRECT_TILES: usize = 4;
+/// Bytes of results of few rows that are written past the caches: they would not stay there until somebody
+/// reads them, and push out what is asked for.
+pub(super) const STREAMED_FROM: usize = 256 << 10;
 /// Runs from what is multiplied to what is asked for meanwhile.
 const RUNS_AHEAD: usize = 2;
 /// The same of halves.
@@ -84,6 +87,12 @@ pub fn matmul(
         .div_ceil(team.threads() * 16)
         .clamp(1, 64)
         .next_multiple_of(GEMV_PANELS / 2);
+    let is_few = inputs.form() == Form::Halves && inputs.tiles().len() <= FEW_TILES;
+    let results = inputs.rows() * out.width() * size_of::<f32>();
+    let streamed = is_few
+        && results >= STREAMED_FROM
+        && !matches!(epilogue, Epilogue::Add)
+        && inputs.rows() > 1;
     let out = out.shared();
     team.run(pairs.len().div_ceil(chunk), |task| {
         // Threads take turns, mostly.
@@ -95,6 +104,7 @@ pub fn matmul(
             bias,
             epilogue,
             out,
+            streamed,
             pairs,
             next_task,
         });
@@ -108,6 +118,8 @@ struct Task<'a> {
     bias: Option<&'a Vector>,
     epilogue: Epilogue,
     out: SharedRows,
+    /// Results are written past the caches.
+    streamed: bool,
     pairs: &'a [(Panel, Option<Panel>)],
     /// What this thread will probably compute after them.
     next_task: Option<(Panel, Option<Panel>)>,
@@ -123,6 +135,9 @@ impl Kernel for Task<'_> {
             } else {
                 for (i, &pair) in self.pairs.iter().enumerate() {
                     self.many_rows::<S>(pair, self.pair_behind(i));
+                }
+                if self.streamed {
+                    S::end_streams();
                 }
             }
         }
@@ -224,7 +239,7 @@ impl Task<'_> {
             // SAFETY: `sums` has room for as many tiles, and the panels have the inputs.
             unsafe {
                 sums.write_bytes(0, self.inputs.rows() * 2 * LANES);
-                for tile in tiles {
+                for tile in tiles.iter().filter(|_| !self.streamed) {
                     self.ask_for_results::<S>(pair, tile);
                 }
                 few_rows::multiply::<S>(self.inputs, panels, next_panels, sums);
@@ -413,6 +428,21 @@ impl Task<'_> {
         }
     }
 
+    #[inline(always)]
+    unsafe fn store<S: Simd>(&self, place: *mut f32, y: S::V, columns: usize) {
+        unsafe {
+            if columns < LANES {
+                let mut lanes = [0.0; LANES];
+                S::store(lanes.as_mut_ptr(), y);
+                std::ptr::copy_nonoverlapping(lanes.as_ptr(), place, columns);
+            } else if self.streamed && place.addr().is_multiple_of(LINE) {
+                S::stream(place, y);
+            } else {
+                S::store(place, y);
+            }
+        }
+    }
+
     /// Bias and epilogue of one row's two vectors of sums.
     #[inline(always)]
     unsafe fn finish<S: Simd>(&self, pair: (Panel, Option<Panel>), row: usize, sums: *const f32) {
@@ -430,7 +460,7 @@ impl Task<'_> {
                     self.weight.out_features() + column,
                 );
                 let y = S::mul(activate::<S>(activation, gate), up);
-                return store_columns::<S>(out.add(column), y, gate_panel.columns);
+                return self.store::<S>(out.add(column), y, gate_panel.columns);
             }
             for (panel, sums) in [(Some(pair.0), sums), (pair.1, sums.add(LANES))] {
                 let Some(panel) = panel else { continue };
@@ -449,24 +479,11 @@ impl Task<'_> {
                     }
                     Epilogue::Softcap(cap) => {
                         let y = S::mul(tanh::<S>(S::mul(y, S::splat(1.0 / cap))), S::splat(cap));
-                        store_columns::<S>(place, y, panel.columns);
+                        self.store::<S>(place, y, panel.columns);
                     }
-                    _ => store_columns::<S>(place, y, panel.columns),
+                    _ => self.store::<S>(place, y, panel.columns),
                 }
             }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn store_columns<S: Simd>(place: *mut f32, y: S::V, columns: usize) {
-    unsafe {
-        if columns == LANES {
-            S::store(place, y);
-        } else {
-            let mut lanes = [0.0; LANES];
-            S::store(lanes.as_mut_ptr(), y);
-            std::ptr::copy_nonoverlapping(lanes.as_ptr(), place, columns);
         }
     }
 }

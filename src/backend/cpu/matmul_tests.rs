@@ -3,7 +3,7 @@
 use super::format::{CodeLayout, SPAN};
 use super::halves;
 use super::inputs::{Form, Inputs};
-use super::matmul::{Epilogue, ROW_BLOCK, RUN, matmul};
+use super::matmul::{Epilogue, ROW_BLOCK, RUN, STREAMED_FROM, matmul};
 use super::matrix::Matrix;
 use super::rows::{Rows, Vector};
 use super::simd::Isa;
@@ -358,6 +358,38 @@ fn more_rows_than_a_block_and_more_inputs_than_a_run() {
         for row in 0..rows {
             for (got, exact) in out.row(row).iter().zip(reference(x.row(row), &stored)) {
                 assert_close(*got, exact, stored.columns(), isa.name());
+            }
+        }
+    }
+}
+
+/// Results that are written past the caches, those of a part that begins within a cache line too.
+#[test]
+fn many_results_of_few_rows_are_those_of_each_row_alone() {
+    let (rows, width, outputs) = (8, halves::SPAN, STREAMED_FROM / 32 + 5);
+    let team = Team::new(3).unwrap();
+    let [first, second] = [1, 2].map(|seed| stored(Dtype::BF16, seed, outputs, width));
+    let plain = Matrix::pack(&team, &[first.clone(), second.clone()], true);
+    let gated = Matrix::pack_gated(&team, &first, &second, true);
+    let x = filled(rows, width, 3);
+    for isa in Isa::available() {
+        let product = |of: &[u32], weight: &Matrix, epilogue: Epilogue| {
+            let mut inputs = Inputs::default();
+            inputs.fill(&team, isa, Form::Halves, (&x, Some(of), None));
+            let mut out = Rows::new(of.len(), weight.out_features());
+            matmul(&team, isa, &inputs, weight, None, epilogue, &mut out);
+            out
+        };
+        let all: Vec<u32> = (0..rows as u32).collect();
+        for (weight, epilogue) in [
+            (&plain, Epilogue::Store),
+            (&plain, Epilogue::Softcap(3.0)),
+            (&gated, Epilogue::Gated(Activation::Silu)),
+        ] {
+            let together = product(&all, weight, epilogue);
+            for &row in &all {
+                let alone = product(&[row], weight, epilogue);
+                assert!(together.row(row as usize) == alone.row(0), "{}", isa.name());
             }
         }
     }

@@ -56,6 +56,14 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
     unsafe fn store(p: *mut f32, v: Self::V);
+    /// The same past the caches, where there is such a store; `p` is aligned to a cache line. Other threads see
+    /// it after [`Simd::end_streams`].
+    #[inline(always)]
+    unsafe fn stream(p: *mut f32, v: Self::V) {
+        unsafe { Self::store(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn end_streams() {}
     unsafe fn load_bf16(p: *const u16) -> Self::V;
     unsafe fn load_f16(p: *const u16) -> Self::V;
     unsafe fn load_i8(p: *const i8) -> Self::V;

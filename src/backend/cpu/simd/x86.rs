@@ -64,6 +64,14 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(p, v) }
     }
     #[inline(always)]
+    unsafe fn stream(p: *mut f32, v: __m512) {
+        unsafe { _mm512_stream_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn end_streams() {
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> __m512 {
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
@@ -340,6 +348,17 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
             _mm256_storeu_ps(p, v.0);
             _mm256_storeu_ps(p.add(8), v.1);
         }
+    }
+    #[inline(always)]
+    unsafe fn stream(p: *mut f32, v: Self::V) {
+        unsafe {
+            _mm256_stream_ps(p, v.0);
+            _mm256_stream_ps(p.add(8), v.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn end_streams() {
+        unsafe { _mm_sfence() }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> Self::V {
