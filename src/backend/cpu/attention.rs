@@ -369,11 +369,11 @@ unsafe fn attend_to<'q, S: Simd, N: Numbers>(
     span: impl Fn(usize) -> (usize, usize),
     state: &mut State,
 ) {
-    let tile = |first: usize| first..queries.end.min(first + N::most_rows::<S>());
-    let tiles = || queries.clone().step_by(N::most_rows::<S>()).map(tile);
     if keys.len == 0 {
         return;
     }
+    let tile = |first: usize| first..queries.end.min(first + N::most_rows::<S>());
+    let tiles = || queries.clone().step_by(N::most_rows::<S>()).map(tile);
     // SAFETY: passed on.
     unsafe {
         for tile in tiles() {

@@ -51,7 +51,7 @@ pub(super) struct Block {
     pub range: Range<usize>,
     keys: Places,
     values: [*const u32; PAGES],
-    ahead: Ahead,
+    ahead: NextBlock,
 }
 
 impl Block {
@@ -72,7 +72,7 @@ impl Block {
             range,
             keys,
             values: (keys.starts).map(|start| start.wrapping_add(head.kv.key_words())),
-            ahead: Ahead {
+            ahead: NextBlock {
                 next,
                 page_lines,
                 page: 0,
@@ -83,7 +83,7 @@ impl Block {
     }
 
     /// Where the keys of its pages lie, and their values; and what is to be asked for.
-    pub fn parts(&mut self) -> (&[*const u32], &[*const u32], &mut Ahead) {
+    pub fn parts(&mut self) -> (&[*const u32], &[*const u32], &mut NextBlock) {
         let count = self.keys.count;
         let (keys, values) = (&self.keys.starts[..count], &self.values[..count]);
         (keys, values, &mut self.ahead)
@@ -91,7 +91,7 @@ impl Block {
 }
 
 /// What is asked for: the keys and values of a head, which lie side by side in a page.
-pub(super) struct Ahead {
+pub(super) struct NextBlock {
     next: Places,
     page_lines: usize,
     /// Asked for next.
@@ -101,7 +101,7 @@ pub(super) struct Ahead {
     at_a_time: usize,
 }
 
-impl Ahead {
+impl NextBlock {
     /// Asks for a part of it. For a few queries the time is all in waiting for memory.
     ///
     /// # Safety

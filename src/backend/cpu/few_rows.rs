@@ -8,11 +8,16 @@
 use super::ahead::{Ahead, FOUR, LINE};
 use super::format::{Format, Halves, Packed};
 use super::halves::{HalvesTile, SPAN, SPAN_STEPS, SPAN_WORDS};
-use super::inputs::{Inputs, Tile};
+use super::inputs::{Form, Inputs, Tile};
 use super::simd::{Kernel, LANES, Simd};
 
 /// Most tiles that take turns span by span.
-pub(super) const FEW_TILES: usize = 4;
+const FEW_TILES: usize = 4;
+
+/// Whether a product of these is one of few rows.
+pub(super) fn are_few(inputs: &Inputs) -> bool {
+    inputs.form() == Form::Halves && inputs.tiles().len() <= FEW_TILES
+}
 
 /// A tile's share, of `TILES`, of the next span of `P` panels.
 #[derive(Clone, Copy)]
@@ -45,7 +50,7 @@ impl<const TILES: usize, const P: usize> Ahead for NextSpan<TILES, P> {
 /// for.
 ///
 /// # Safety
-/// As [`Simd`]; packed panels of halves of as many inputs as `inputs` has, of at most [`FEW_TILES`] tiles,
+/// As [`Simd`]; packed panels of halves of as many inputs as `inputs` has, for which [`are_few`] holds,
 /// and sums of all rows.
 #[inline(always)]
 pub(super) unsafe fn multiply<S: Simd>(

@@ -11,7 +11,7 @@
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
 use super::ahead::{LINE, Runs, Shares, Stream};
-use super::few_rows::{self, FEW_TILES};
+use super::few_rows;
 use super::format::{F32, Packed, Plain, UNIT};
 use super::gemv::{GEMV_PANELS, gemv};
 use super::halves;
@@ -87,9 +87,8 @@ pub fn matmul(
         .div_ceil(team.threads() * 16)
         .clamp(1, 64)
         .next_multiple_of(GEMV_PANELS / 2);
-    let is_few = inputs.form() == Form::Halves && inputs.tiles().len() <= FEW_TILES;
     let results = inputs.rows() * out.width() * size_of::<f32>();
-    let streamed = is_few
+    let streamed = few_rows::are_few(inputs)
         && results >= STREAMED_FROM
         && !matches!(epilogue, Epilogue::Add)
         && inputs.rows() > 1;
@@ -235,7 +234,7 @@ impl Task<'_> {
         };
         let padded = self.inputs.in_features().next_multiple_of(UNIT);
         let mut tiles = self.inputs.tiles();
-        if form == Form::Halves && tiles.len() <= FEW_TILES {
+        if few_rows::are_few(self.inputs) {
             // SAFETY: `sums` has room for as many tiles, and the panels have the inputs.
             unsafe {
                 sums.write_bytes(0, self.inputs.rows() * 2 * LANES);
