@@ -92,11 +92,16 @@ def llama_cpp(folder: Path, model: Path, work: Work) -> dict:
 
 
 def llama_bench(folder: Path, model: Path, work: Work) -> dict:
-    """llama-bench: prefill and one sequence, decoded behind an empty prompt, which flatters it a little."""
-    command = [folder / "llama-bench", "-m", model, "-p", work.prompt, "-n", work.steps, "-r", 1, "-o", "jsonl"]
-    rows = [json.loads(line) for line in run([*command, "-t", work.threads]).splitlines() if line.startswith("{")]
-    speeds = {"prefill": row["avg_ts"] for row in rows if row["n_prompt"]}
-    return speeds | {"decode": {1: row["avg_ts"] for row in rows if row["n_gen"]}}
+    """llama-bench: the prefill, and one sequence behind the same prompt."""
+    command = [folder / "llama-bench", "-m", model, "-t", work.threads, "-r", 1, "-o", "jsonl"]
+
+    def speed(*tests) -> float:
+        return next(json.loads(line)["avg_ts"] for line in run([*command, *tests]).splitlines() if line.startswith("{"))
+
+    return {
+        "prefill": speed("-p", work.prompt, "-n", 0),
+        "decode": {1: speed("-p", 0, "-n", work.steps, "-d", work.prompt)},
+    }
 
 
 class Transformers:
