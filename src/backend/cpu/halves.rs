@@ -43,8 +43,8 @@ const STEP: f32 = 1.0 / i16::MAX as f32;
 const SUM_STEP: f32 = 1.0 / GREATEST_SUM;
 /// Inputs multiplied at a time with many tiles: 2 panels × 256 × 33 bytes = 17 KiB.
 pub(super) const RUN: usize = 256;
-/// Spans ahead in each of a single row's streams that are asked for, into the first-level cache: 2 KB.
-const SPANS_AHEAD: usize = 1;
+/// Spans ahead in each of a single row's streams that are asked for, into the first-level cache: 4 KB.
+const SPANS_AHEAD: usize = 2;
 
 /// Puts one stored row of whole spans into its lane of a packed panel.
 pub(super) fn pack_row(dtype: Dtype, row: &[u8], lane: usize, panel: &mut [u8]) {

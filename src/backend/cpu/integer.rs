@@ -180,7 +180,7 @@ struct Gemv<F> {
     format: PhantomData<F>,
 }
 
-/// Bytes ahead in the stream that are asked for, into the second-level cache: at most a panel.
+/// Bytes ahead in the stream that are asked for: at most a panel.
 const AHEAD: usize = 8192;
 
 impl<F: Codes> Kernel for Gemv<F> {
@@ -202,7 +202,7 @@ impl<F: Codes> Kernel for Gemv<F> {
                         Some(behind) => self.next.wrapping_add(behind),
                     };
                     for line in (0..span_bytes).step_by(64) {
-                        S::prefetch_far(next.wrapping_add(line));
+                        S::prefetch(next.wrapping_add(line));
                     }
                     for part in 0..F::LAYOUT.scales {
                         // Two chains: neither waits for the other.
