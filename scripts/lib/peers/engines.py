@@ -78,13 +78,18 @@ def floor(row: dict, limits: dict) -> float:
     return row["tokens_per_s"] / longest
 
 
+def json_lines(command: list) -> list:
+    """What a command prints as lines of JSON, between others."""
+    return [json.loads(line) for line in run(command).splitlines() if line.startswith("{")]
+
+
 def llama_cpp(folder: Path, model: Path, work: Work) -> dict:
     """llama-batched-bench with a shared prompt in one unified cache; it draws no tokens."""
     context = work.prompt + max(work.n) * work.steps + 256
     command = [folder / "llama-batched-bench", "-m", model, "-c", context, "-b", 2048, "-ub", 512]
     command += ["-npp", work.prompt, "-ntg", work.steps, "-npl", ",".join(map(str, work.n)), "-pps", "-kvu"]
     command += ["-t", work.threads, "--output-format", "jsonl"]
-    rows = [json.loads(line) for line in run(command).splitlines() if line.startswith("{")]
+    rows = json_lines(command)
     return {
         "prefill": max(row["speed_pp"] for row in rows),
         "decode": {row["pl"]: row["speed_tg"] for row in rows},
@@ -96,7 +101,7 @@ def llama_bench(folder: Path, model: Path, work: Work) -> dict:
     command = [folder / "llama-bench", "-m", model, "-t", work.threads, "-r", 1, "-o", "jsonl"]
 
     def speed(*tests) -> float:
-        return next(json.loads(line)["avg_ts"] for line in run([*command, *tests]).splitlines() if line.startswith("{"))
+        return json_lines([*command, *tests])[0]["avg_ts"]
 
     return {
         "prefill": speed("-p", work.prompt, "-n", 0),

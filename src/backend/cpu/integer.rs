@@ -180,7 +180,7 @@ struct Gemv<F> {
     format: PhantomData<F>,
 }
 
-/// Bytes ahead in the stream that are asked for: at most a panel.
+/// Bytes ahead in the stream that are asked for, into the first-level cache: at most a panel.
 const AHEAD: usize = 8192;
 
 impl<F: Codes> Kernel for Gemv<F> {
