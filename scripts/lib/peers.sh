@@ -21,13 +21,14 @@ install_packages() {
 }
 
 # Builds programs of llama.cpp into $llama, for this processor (native), or for AVX2, FMA and F16C and nothing
-# newer (avx2): build_llama_cpp ISA MODEL PROGRAM...
+# newer (avx2), or for those and AVX-VNNI (avx-vnni): build_llama_cpp ISA MODEL PROGRAM...
 build_llama_cpp() {
     local isa=$1 model=$2 missing=() targets=() folder=$sources/build flags=(-DGGML_NATIVE=ON) status=0
     shift 2
-    if [[ $isa == avx2 ]]; then
-        folder=$sources/build-avx2
+    if [[ $isa != native ]]; then
+        folder=$sources/build-$isa
         flags=(-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON)
+        [[ $isa != avx-vnni ]] || flags+=(-DGGML_AVX_VNNI=ON)
     fi
     llama=$folder/bin
     for program in "$@"; do

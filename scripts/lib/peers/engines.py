@@ -113,9 +113,10 @@ class Transformers:
     """transformers on the CPU: the prompt prefilled once, its cache copied N times, as `generate` does."""
 
     def __init__(self, model: Path, dtype: str, threads: int, isa: str | None):
-        if isa == "avx2":
+        if isa:
             # Before torch is imported, which is when it looks.
-            os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+            newest = {"avx2": "AVX2", "avx-vnni": "AVX2_VNNI"}[isa]
+            os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": newest}
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging

@@ -51,9 +51,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
     parser.add_argument(
         "--isa",
-        choices=["native", "avx2"],
+        choices=["native", "avx2", "avx-vnni"],
         default="native",
-        help="avx2: all engines as on a processor with AVX2, FMA and F16C and nothing newer (default: native)",
+        help="avx2: all engines as on a processor with AVX2, FMA and F16C and nothing newer; "
+        "avx-vnni: and with AVX-VNNI (default: native)",
     )
     parser.add_argument("--no-torch", action="store_true", help="leave transformers out")
     parser.add_argument(
@@ -320,6 +321,7 @@ def plot(path: Path, measured: list) -> None:
 
 SECTIONS = {
     "avx2": "### AVX2, FMA and F16C only, all engines",
+    "avx-vnni": "### The same and AVX-VNNI, all engines",
     "native": "### All that the processor has",
 }
 

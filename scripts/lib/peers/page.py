@@ -12,7 +12,7 @@ def processor() -> str:
     name = re.search(r"model name\s*:\s*(.*)", text)
     family = re.search(r"cpu family\s*:\s*(.*)\nmodel\s*:\s*(.*)", text)
     flags = set((re.search(r"flags\s*:\s*(.*)", text) or [None, ""])[1].split())
-    known = [flag for flag in ["avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"] if flag in flags]
+    known = [flag for flag in ["avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"] if flag in flags]
     numbers = f", family {family[1]} model {family[2]}" if family else ""
     return f"{name[1] if name else 'unknown processor'}{numbers} ({', '.join(known)})"
 

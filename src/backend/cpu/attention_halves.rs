@@ -30,7 +30,7 @@ macro_rules! tile_of {
     };
     ($simd:ident, $rows:expr, $tile:ident $fields:tt, $panels:literal => $($r:literal)*) => {
         match $rows {
-            $($r if const { $r <= $simd::PRODUCT_ROWS } => $simd::call($tile::<$r, $panels> $fields),)*
+            $($r if const { $r <= $simd::HALF_ROWS } => $simd::call($tile::<$r, $panels> $fields),)*
             _ => unreachable!("tiles are at most as tall as the register tile"),
         }
     };
@@ -40,7 +40,7 @@ pub(super) struct Halves;
 
 impl Numbers for Halves {
     fn most_rows<S: Simd>() -> usize {
-        S::PRODUCT_ROWS
+        S::HALF_ROWS
     }
 
     fn query_words(head_dim: usize) -> usize {

@@ -103,7 +103,7 @@ impl<const TILES: usize> Kernel for FewRows<TILES> {
                 macro_rules! rows {
                     ($panels:literal, $p:expr; $($rows:literal)*) => {
                         match tile.rows {
-                            $($rows if const { $rows <= S::PRODUCT_ROWS } => HalvesTile::<$rows, $panels, _> {
+                            $($rows if const { $rows <= S::HALF_ROWS } => HalvesTile::<$rows, $panels, _> {
                                 x,
                                 w: std::array::from_fn(|p| w[$p + p]),
                                 ahead: LaterSpan::<TILES, $panels>::of(index, std::array::from_fn(|p| later[$p + p])),

@@ -260,7 +260,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     macro_rules! rows {
         ($panels:literal, $c:expr, $w:expr, $ahead:expr; $($rows:literal)*) => {
             match rows {
-                $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(HalvesTile::<$rows, $panels, _> {
+                $($rows if const { $rows <= S::HALF_ROWS } => S::call(HalvesTile::<$rows, $panels, _> {
                     x, w: $w, ahead: $ahead, spans, c: $c,
                 }),)*
                 _ => unreachable!("tiles are at most as tall as the register tile"),

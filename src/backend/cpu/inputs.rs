@@ -109,7 +109,8 @@ impl Inputs {
         self.data.make_room(self.rows * row_words * 4, needs_little);
         let tile_rows = match form {
             Form::Float => isa.tile_rows(),
-            Form::Quantised | Form::Halves => isa.product_rows(),
+            Form::Quantised => isa.code_rows(),
+            Form::Halves => isa.half_rows(),
         };
         self.tiles.clear();
         let count = self.rows.div_ceil(tile_rows);

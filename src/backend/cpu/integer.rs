@@ -161,12 +161,7 @@ unsafe fn quantise<S: Simd>(x: [S::V; 2], greatest: f32) -> [u32; SPAN_WORDS] {
 /// and the fourth.
 #[inline(always)]
 unsafe fn quad_halves<S: Simd>(quad: S::I) -> [S::I; 2] {
-    unsafe {
-        [
-            S::and(quad, 0x00ff_00ff),
-            S::and(S::shift_right(quad, 8), 0x00ff_00ff),
-        ]
-    }
+    unsafe { [S::and(quad, 0x00ff_00ff), S::upper_bytes(quad)] }
 }
 
 /// One quantised row times one panel: a single stream through memory.
@@ -391,7 +386,7 @@ pub(super) unsafe fn multiply_tile<S: Simd>(
     macro_rules! rows {
         ($scales:literal, $minimum:literal, $panels:literal, $c:expr, $w:expr, $ahead:expr, $layout:expr; $($rows:literal)*) => {
             match rows {
-                $($rows if const { $rows <= S::PRODUCT_ROWS } => S::call(
+                $($rows if const { $rows <= S::CODE_ROWS } => S::call(
                     CodeTile::<$rows, $panels, $scales, $minimum> {
                         x, w: $w, ahead: $ahead, spans, layout: $layout, c: $c,
                     },

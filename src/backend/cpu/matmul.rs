@@ -266,7 +266,8 @@ impl Task<'_> {
             // A block of rows is whole tiles; the tiles are at most as tall as the register tile.
             let tallest = match form {
                 Form::Float => S::TILE_ROWS,
-                Form::Quantised | Form::Halves => S::PRODUCT_ROWS,
+                Form::Quantised => S::CODE_ROWS,
+                Form::Halves => S::HALF_ROWS,
             };
             let block = tiles.len().min(ROW_BLOCK / tallest);
             let (now, rest) = tiles.split_at(block);

@@ -37,9 +37,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     const PRODUCTS: Products;
     /// Whether products of sixteen bits ([`Simd::dot2`]) are faster than those of float32.
     const HALVES: bool;
-    /// Rows of the register tile of integer products, of which each result has a sum of integers and
-    /// one of float32.
-    const PRODUCT_ROWS: usize;
+    /// Rows of the register tile of products of codes,
+    const CODE_ROWS: usize;
+    /// and of halves: each result has a sum of integers, and one of float32 in memory.
+    const HALF_ROWS: usize;
 
     /// Runs a kernel as a function of its own, compiled for this instruction set: for what is large
     /// and called from several places.
@@ -129,6 +130,12 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
             }
             Self::load_u32(lanes[0].as_ptr())
         }
+    }
+
+    /// The upper byte of both halves of each lane, as halves.
+    #[inline(always)]
+    unsafe fn upper_bytes(a: Self::I) -> Self::I {
+        unsafe { Self::and(Self::shift_right(a, 8), 0x00ff_00ff) }
     }
 
     /// `a - b` in both halves of each lane.
@@ -363,9 +370,14 @@ impl Isa {
         self.dispatch(HasHalves)
     }
 
-    /// Rows of the register tile of integer products.
-    pub fn product_rows(self) -> usize {
-        self.dispatch(ProductRows)
+    /// Rows of the register tile of products of codes.
+    pub fn code_rows(self) -> usize {
+        self.dispatch(CodeRows)
+    }
+
+    /// Rows of the register tile of products of halves.
+    pub fn half_rows(self) -> usize {
+        self.dispatch(HalfRows)
     }
 
     /// Runs a kernel, compiled for this instruction set.
@@ -417,12 +429,21 @@ impl Kernel for HasHalves {
     }
 }
 
-struct ProductRows;
-impl Kernel for ProductRows {
+struct CodeRows;
+impl Kernel for CodeRows {
     type Output = usize;
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> usize {
-        S::PRODUCT_ROWS
+        S::CODE_ROWS
+    }
+}
+
+struct HalfRows;
+impl Kernel for HalfRows {
+    type Output = usize;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> usize {
+        S::HALF_ROWS
     }
 }
 
@@ -517,16 +538,17 @@ mod tests {
 
     struct Dots<'a>([&'a [u32; LANES]; 3]);
     impl Kernel for Dots<'_> {
-        /// Products of bytes and of halves, and differences of halves.
-        type Output = [[u32; LANES]; 3];
+        /// Products of bytes and of halves, differences of halves, and their upper bytes.
+        type Output = [[u32; LANES]; 4];
         #[inline(always)]
         unsafe fn run<S: Simd>(self) -> Self::Output {
-            let mut out = [[0; LANES]; 3];
+            let mut out = [[0; LANES]; 4];
             unsafe {
                 let [sum, u, s] = self.0.map(|lanes| S::load_u32(lanes.as_ptr()));
                 S::store_u32(out[0].as_mut_ptr(), S::dot4(sum, u, s));
                 S::store_u32(out[1].as_mut_ptr(), S::dot2(sum, u, s));
                 S::store_u32(out[2].as_mut_ptr(), S::sub_halves(u, s));
+                S::store_u32(out[3].as_mut_ptr(), S::upper_bytes(u));
             }
             out
         }
@@ -541,7 +563,7 @@ mod tests {
         // The largest products of both signs, which a saturating instruction would cut off.
         (u[0], s[0], u[1], s[1]) = (u32::MAX, 0x7f7f_7f7f, u32::MAX, 0x8080_8080);
         for isa in Isa::available() {
-            let [dots, of_halves, differences] = isa.dispatch(Dots([&sum, &u, &s]));
+            let [dots, of_halves, differences, upper] = isa.dispatch(Dots([&sum, &u, &s]));
             for i in 0..LANES {
                 let products = u[i].to_le_bytes().into_iter().zip(s[i].to_le_bytes());
                 let dot: i32 = products
@@ -556,6 +578,8 @@ mod tests {
                 let difference = |shift: u32| half(u[i], shift).wrapping_sub(half(s[i], shift));
                 let expected = difference(0) as u16 as u32 | (difference(16) as u32) << 16;
                 assert_eq!(differences[i], expected, "{}", isa.name());
+                let [_, low, _, high] = u[i].to_le_bytes().map(u32::from);
+                assert_eq!(upper[i], low | high << 16, "{}", isa.name());
             }
         }
     }

@@ -61,7 +61,8 @@ unsafe impl<const I8MM: bool> Simd for Neon<I8MM> {
         false => Products::None,
     };
     const HALVES: bool = false;
-    const PRODUCT_ROWS: usize = 3;
+    const CODE_ROWS: usize = 3;
+    const HALF_ROWS: usize = 3;
 
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
         unsafe {

@@ -20,7 +20,8 @@ unsafe impl Simd for Portable {
     const TILE_PANELS: usize = 1;
     const PRODUCTS: Products = Products::None;
     const HALVES: bool = false;
-    const PRODUCT_ROWS: usize = Self::TILE_ROWS / 2;
+    const CODE_ROWS: usize = 2;
+    const HALF_ROWS: usize = 2;
 
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
         unsafe { kernel.run::<Portable>() }

@@ -37,7 +37,8 @@ unsafe impl Simd for Avx512 {
     const TILE_PANELS: usize = 2;
     const PRODUCTS: Products = Products::Bytes;
     const HALVES: bool = true;
-    const PRODUCT_ROWS: usize = 6;
+    const CODE_ROWS: usize = 6;
+    const HALF_ROWS: usize = 6;
 
     #[inline(always)]
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
@@ -313,7 +314,9 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
         false => Products::Halves,
     };
     const HALVES: bool = true;
-    const PRODUCT_ROWS: usize = 4;
+    // Without VNNI a product wants a register before it is added.
+    const CODE_ROWS: usize = if VNNI { 6 } else { 5 };
+    const HALF_ROWS: usize = if VNNI { 6 } else { 4 };
 
     #[inline(always)]
     unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
@@ -544,6 +547,10 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     unsafe fn sub_halves(a: Self::I, b: Self::I) -> Self::I {
         unsafe { both!(_mm256_sub_epi16, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn upper_bytes(a: Self::I) -> Self::I {
+        unsafe { Pair(_mm256_srli_epi16::<8>(a.0), _mm256_srli_epi16::<8>(a.1)) }
     }
     #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
