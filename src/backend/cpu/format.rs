@@ -301,6 +301,7 @@ unsafe impl Format for Halves {
 
 macro_rules! block_format {
     ($($name:ident $dtype:ident),*) => {$(
+        #[derive(Clone, Copy)]
         pub(super) struct $name;
         // SAFETY: reads within the packed block described at the top of this file.
         unsafe impl Codes for $name {

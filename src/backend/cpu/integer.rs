@@ -19,6 +19,9 @@
 //! the spans, the same for one row and for many, so here too a row's result does not depend on its batch.
 
 use super::ahead::Share;
+use super::code_source::{
+    Four, FromPanels, Source, Unpacked, quad_halves, unpacked_words, vectors,
+};
 use super::format::{CodeLayout, Codes, Packed, QUADS, SPAN, UNIT};
 use super::halves::whole;
 use super::inputs::{Normed, Place};
@@ -26,6 +29,7 @@ use super::integer_tile::{add_four, add_scaled};
 use super::matrix::with_format;
 use super::simd::{Kernel, LANES, Products, Simd};
 use std::marker::PhantomData;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Words that a quantised span of a row takes: eight quads of high bytes and eight of low ones, or
 /// sixteen pairs of halves (see [`quad_halves`]), and
@@ -41,28 +45,6 @@ const HALF_SUMS: usize = 2 * QUADS + 2;
 pub(super) const TOGETHER: usize = 8;
 /// The greatest z: its high byte is 127.
 const GREATEST: f32 = 127.0 * 256.0;
-
-/// Inputs unpacked at a time: 2 panels × 8 spans × 704 bytes = 11 KiB, or × 1216 bytes = 19 KiB.
-pub(super) const RUN: usize = 256;
-/// Vectors of codes in an unpacked span of a panel: as bytes, or twice as many as halves of a lane.
-const fn wide_codes<S: Simd>() -> usize {
-    match S::PRODUCTS {
-        Products::Halves => 2 * QUADS,
-        _ => QUADS,
-    }
-}
-/// Words of an unpacked span: codes, two scales, a minimum.
-const fn wide_span<S: Simd>() -> usize {
-    (wide_codes::<S>() + 3) * LANES
-}
-const fn wide_scales<S: Simd>() -> usize {
-    wide_codes::<S>() * LANES
-}
-const fn wide_minimum<S: Simd>() -> usize {
-    (wide_codes::<S>() + 2) * LANES
-}
-/// Words of a run of a panel, at most.
-pub(super) const WIDE_RUN: usize = RUN / SPAN * (2 * QUADS + 3) * LANES;
 
 /// Quantises a row, [`SPAN_WORDS`] a span.
 pub(super) struct Quantise<'a> {
@@ -155,13 +137,6 @@ unsafe fn quantise<S: Simd>(x: [S::V; 2], greatest: f32) -> [u32; SPAN_WORDS] {
         }
     }
     words
-}
-
-/// The codes of a quad as halves of a lane: of four inputs the first and the third, then the second
-/// and the fourth.
-#[inline(always)]
-unsafe fn quad_halves<S: Simd>(quad: S::I) -> [S::I; 2] {
-    unsafe { [S::and(quad, 0x00ff_00ff), S::upper_bytes(quad)] }
 }
 
 /// One quantised row times one panel: a single stream through memory.
@@ -286,173 +261,177 @@ pub(super) unsafe fn gemv<S: Simd>(
     }
 }
 
-/// Unpacks inputs `first .. first + count` of a panel, whole spans, into `out`, `[spans][wide_span]`. Halves
-/// have a sign, so their codes lose their middle here, once for all rows.
+/// Steps of a tile's loop that a span takes.
+pub(super) const SPAN_STEPS: usize = 2 * QUADS;
+
+/// Unpacks spans of a panel.
 struct Unpack<F> {
-    panel: *const u8,
-    first: usize,
-    count: usize,
-    out: *mut u32,
-    format: PhantomData<F>,
+    panel: FromPanels<F, 1>,
+    spans: usize,
+    unpacked: *mut u32,
 }
 
-impl<F: Codes> Kernel for Unpack<F> {
+impl<F: Codes + Copy> Kernel for Unpack<F> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        unsafe {
-            for index in 0..self.count / SPAN {
-                let input = self.first + index * SPAN;
-                let block = self.panel.add(input / F::BLOCK_INPUTS * F::BLOCK_BYTES);
-                let span = input % F::BLOCK_INPUTS / SPAN;
-                let out = self.out.add(index * wide_span::<S>());
-                for unit in 0..SPAN / UNIT {
-                    for (i, quad) in F::quads::<S>(block, span * (SPAN / UNIT) + unit)
-                        .into_iter()
-                        .enumerate()
-                    {
-                        let place = 2 * unit + i;
-                        match S::PRODUCTS {
-                            Products::Halves => {
-                                let middle = S::splat_i32(0x0001_0001 * F::LAYOUT.middle());
-                                for (i, half) in quad_halves::<S>(quad).into_iter().enumerate() {
-                                    let code = match F::LAYOUT.minimum {
-                                        true => half,
-                                        false => S::sub_halves(half, middle),
-                                    };
-                                    S::store_u32(out.add((2 * place + i) * LANES), code);
-                                }
-                            }
-                            _ => S::store_u32(out.add(place * LANES), quad),
-                        }
-                    }
-                }
-                for part in 0..F::LAYOUT.scales {
-                    let place = out.add(wide_scales::<S>() + part * LANES);
-                    S::store(place.cast(), F::scale::<S>(block, span, part));
-                }
-                if F::LAYOUT.minimum {
-                    S::store(
-                        out.add(wide_minimum::<S>()).cast(),
-                        F::minimum::<S>(block, span),
-                    );
-                }
-            }
+        let Unpack {
+            mut panel,
+            spans,
+            mut unpacked,
+            ..
+        } = self;
+        for _ in 0..spans {
+            // SAFETY: passed on.
+            unsafe { panel.unpack::<S>(unpacked) };
+            panel.go_on::<S>();
+            unpacked = unpacked.wrapping_add(unpacked_words::<S>());
         }
     }
 }
 
-/// [`Unpack`], the format chosen at run time.
+/// [`Unpack`], the format chosen at run time: of a panel from the beginning of a block on.
 ///
 /// # Safety
-/// As [`Simd`]; the panel must have the inputs and `out` room for them.
+/// As [`Simd`]; the panel must have the inputs and `unpacked` room for them.
 #[inline(always)]
 pub(super) unsafe fn unpack<S: Simd>(
-    (packed, panel): (Packed, *const u8),
-    first: usize,
-    count: usize,
-    out: *mut u32,
+    packed: Packed,
+    panel: *const u8,
+    inputs: usize,
+    unpacked: *mut u32,
 ) {
+    let spans = inputs / SPAN;
     // SAFETY: passed on.
     unsafe {
         with_format!(codes packed,
-            F => S::call(Unpack::<F> { panel, first, count, out, format: PhantomData }),
+            F => S::call(Unpack::<F> { panel: FromPanels::new([panel]), spans, unpacked }),
             else unreachable!("only codes are multiplied as whole numbers"))
     }
 }
 
-/// Steps of a tile's loop that a span takes.
-pub(super) const SPAN_STEPS: usize = 2 * QUADS;
+/// Two panels from a run on.
+#[derive(Clone, Copy)]
+pub(super) struct Run {
+    pub packed: [Packed; 2],
+    pub panels: [*const u8; 2],
+    /// The same unpacked; where it is not, tiles unpack it on the way.
+    pub unpacked: Option<[*const u32; 2]>,
+}
 
-/// Adds a tile's products with two unpacked panels to `c[row][2][16]`. `ahead` is asked for on
+/// Adds a tile's products with a run of two panels to `c[row][2][16]`. `ahead` is asked for on
 /// the way, [`SPAN_STEPS`] a span.
 ///
 /// # Safety
-/// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, `wide` runs
-/// unpacked from panels of these formats.
+/// As [`Simd`]; `x` must be a tile of `rows` rows and `inputs` inputs from there on, the panels have as many
+/// and begin with a block.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn multiply_tile<S: Simd>(
-    packed: [Packed; 2],
+    run: Run,
     rows: usize,
     x: *const u32,
-    wide: [*const u32; 2],
     ahead: Share<2>,
     inputs: usize,
     c: *mut f32,
 ) {
-    let layouts = packed.map(Packed::codes);
     let spans = inputs / SPAN;
-    macro_rules! rows {
-        ($scales:literal, $minimum:literal, $panels:literal, $c:expr, $w:expr, $ahead:expr, $layout:expr; $($rows:literal)*) => {
-            match rows {
-                $($rows if const { $rows <= S::CODE_ROWS } => S::call(
-                    CodeTile::<$rows, $panels, $scales, $minimum> {
-                        x, w: $w, ahead: $ahead, spans, layout: $layout, c: $c,
-                    },
-                ),)*
-                _ => unreachable!("tiles are at most as tall as the register tile"),
-            }
-        };
-    }
-    macro_rules! layouts {
-        ($layout:expr, $panels:literal, $c:expr, $w:expr, $ahead:expr) => {
-            match $layout {
-                Some(layout) if layout.scales > 1 => {
-                    rows!(2, false, $panels, $c, $w, $ahead, layout; 1 2 3 4 5 6)
-                }
-                Some(layout) if layout.minimum => {
-                    rows!(1, true, $panels, $c, $w, $ahead, layout; 1 2 3 4 5 6)
-                }
-                Some(layout) => rows!(1, false, $panels, $c, $w, $ahead, layout; 1 2 3 4 5 6),
-                None => unreachable!("only codes are multiplied as whole numbers"),
-            }
-        };
-    }
     unsafe {
-        if const { S::TILE_PANELS == 2 } && layouts[0] == layouts[1] {
-            return layouts!(layouts[0], 2, c, wide, ahead);
+        if const { S::TILE_PANELS == 2 } && run.packed[0] == run.packed[1] {
+            let tile = Tile { x, ahead, spans, c };
+            return tile.multiply::<S>(run.packed[0], run.panels, run.unpacked, rows);
         }
         for p in 0..2 {
-            layouts!(layouts[p], 1, c.add(p * LANES), [wide[p]], ahead.of(p));
+            let (ahead, c) = (ahead.of(p), c.add(p * LANES));
+            let tile = Tile { x, ahead, spans, c };
+            let unpacked = run.unpacked.map(|unpacked| [unpacked[p]]);
+            tile.multiply::<S>(run.packed[p], [run.panels[p]], unpacked, rows);
         }
+    }
+}
+
+/// What a tile with `P` panels has beside its weights.
+struct Tile<const P: usize> {
+    x: *const u32,
+    ahead: Share<P>,
+    spans: usize,
+    c: *mut f32,
+}
+
+impl<const P: usize> Tile<P> {
+    #[inline(always)]
+    unsafe fn multiply<S: Simd>(
+        self,
+        packed: Packed,
+        panels: [*const u8; P],
+        unpacked: Option<[*const u32; P]>,
+        rows: usize,
+    ) {
+        let Some(layout) = packed.codes() else {
+            unreachable!("only codes are multiplied as whole numbers")
+        };
+        // SAFETY: passed on.
+        unsafe {
+            if let Some(spans) = unpacked {
+                return match (layout.scales, layout.minimum) {
+                    (1, false) => {
+                        self.with::<S, _>(Unpacked::<P, 1, false> { spans, layout }, rows)
+                    }
+                    (1, true) => self.with::<S, _>(Unpacked::<P, 1, true> { spans, layout }, rows),
+                    _ => self.with::<S, _>(Unpacked::<P, 2, false> { spans, layout }, rows),
+                };
+            }
+            with_format!(codes packed,
+                F => self.with::<S, _>(FromPanels::<F, P>::new(panels), rows),
+                else unreachable!("only codes are multiplied as whole numbers"))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn with<S: Simd, W: Source<P>>(self, weights: W, rows: usize) {
+        macro_rules! rows {
+            ($($rows:literal)*) => {
+                match rows {
+                    $($rows if const { $rows <= S::CODE_ROWS && $rows <= W::MOST_ROWS } => {
+                        S::call(CodeTile::<$rows, P, W> { tile: self, weights })
+                    })*
+                    _ => unreachable!("tiles are at most as tall as the register tile"),
+                }
+            };
+        }
+        // SAFETY: passed on.
+        unsafe { rows!(1 2 3 4 5 6) }
     }
 }
 
 /// The register tile of integer products: `R` rows by `P` panels.
-struct CodeTile<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> {
-    x: *const u32,
-    w: [*const u32; P],
-    ahead: Share<P>,
-    spans: usize,
-    layout: CodeLayout,
-    c: *mut f32,
+struct CodeTile<const R: usize, const P: usize, W> {
+    tile: Tile<P>,
+    weights: W,
 }
 
-impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> Kernel
-    for CodeTile<R, P, SCALES, MINIMUM>
-{
+impl<const R: usize, const P: usize, W: Source<P>> Kernel for CodeTile<R, P, W> {
     type Output = ();
     // Indices name rows and panels of several arrays at once.
     #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // What is known when compiling, said once more: it decides what is left out.
-        let layout = CodeLayout {
-            minimum: MINIMUM,
-            scales: SCALES,
-            ..self.layout
-        };
+        let mut weights = self.weights;
+        let layout = weights.layout();
         // In fours, each written out.
-        let fours = const { wide_codes::<S>() / SCALES / 4 };
+        let fours = const { vectors::<S>() / W::SCALES / 4 };
+        let Tile {
+            mut x,
+            mut ahead,
+            spans,
+            c,
+        } = self.tile;
         unsafe {
-            let (mut ahead, mut x, mut w) = (self.ahead, self.x, self.w);
-            for _ in 0..self.spans {
+            for _ in 0..spans {
                 ahead.ask_at_sixteen::<S>();
-                for part in 0..SCALES {
+                for part in 0..W::SCALES {
                     let mut dots = [[S::splat_i32(0); P]; R];
                     // The high bytes of the activations, then the low ones; or both at once.
-                    let passes = 2 * QUADS / wide_codes::<S>();
+                    let passes = 2 * QUADS / vectors::<S>();
                     for pass in 0..passes {
                         if pass + 1 == passes && !matches!(S::PRODUCTS, Products::Halves) {
                             for r in 0..R {
@@ -463,8 +442,10 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                         macro_rules! fours {
                             ($($four:literal)*) => {$(if $four < fours {
                                 let first = 4 * (part * fours + $four);
+                                // Weights are not read before: there are no registers for more.
+                                compiler_fence(Ordering::SeqCst);
                                 ahead.ask_at_four::<S>();
-                                let w = w.map(|w| w.add(first * LANES));
+                                let w = Four { source: &weights, first };
                                 let x = x.add((pass * QUADS + first) * R);
                                 match S::PRODUCTS {
                                     Products::Halves => add_four::<S, R, P, true>(&mut dots, w, x),
@@ -474,22 +455,20 @@ impl<const R: usize, const P: usize, const SCALES: usize, const MINIMUM: bool> K
                         }
                         fours!(0 1 2 3);
                     }
-                    let scales =
-                        w.map(|w| S::load(w.add(wide_scales::<S>() + part * LANES).cast()));
-                    add_scaled::<S, R, P>(self.c, dots, scales, x.add(SCALE * R));
+                    add_scaled::<S, R, P>(c, dots, weights.scales::<S>(part), x.add(SCALE * R));
                 }
-                if MINIMUM {
-                    let minima = w.map(|w| S::load(w.add(wide_minimum::<S>()).cast()));
+                if W::MINIMUM {
+                    let minima = weights.minima::<S>();
                     for r in 0..R {
                         let sum = splat::<S>(x.add(SCALED_SUM * R + r));
                         for p in 0..P {
-                            let c = self.c.add((r * 2 + p) * LANES);
+                            let c = c.add((r * 2 + p) * LANES);
                             S::store(c, S::fma(minima[p], sum, S::load(c)));
                         }
                     }
                 }
                 x = x.add(SPAN_WORDS * R);
-                w = w.map(|w| w.add(wide_span::<S>()));
+                weights.go_on::<S>();
             }
         }
     }

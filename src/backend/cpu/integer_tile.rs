@@ -5,23 +5,38 @@ use super::integer::splat;
 use super::simd::{LANES, Simd};
 use std::sync::atomic::{Ordering, compiler_fence};
 
+/// The weights of four steps, one vector of each panel for a step.
+pub(super) trait Steps<const P: usize> {
+    /// # Safety
+    /// As [`Simd`].
+    unsafe fn step<S: Simd>(&self, step: usize) -> [S::I; P];
+}
+
+/// Vectors one after the other.
+impl<const P: usize> Steps<P> for [*const u32; P] {
+    #[inline(always)]
+    unsafe fn step<S: Simd>(&self, step: usize) -> [S::I; P] {
+        unsafe { self.map(|w| S::load_u32(w.add(step * LANES))) }
+    }
+}
+
 /// Adds four steps of products of `R` rows with `P` panels to `dots`, of halves or of bytes. The callers
 /// write all steps of a span out so: the compiler would not unroll as much, and a turn for each step
 /// costs a tenth.
 ///
 /// # Safety
-/// As [`Simd`]; four vectors at each of `w`, and as many words of each row at `x`.
+/// As [`Simd`]; `w` has the weights, and at `x` are four words of each row.
 // Indices name rows and panels of several arrays at once.
 #[allow(clippy::needless_range_loop)]
 #[inline(always)]
 pub(super) unsafe fn add_four<S: Simd, const R: usize, const P: usize, const HALVES: bool>(
     dots: &mut [[S::I; P]; R],
-    w: [*const u32; P],
+    w: impl Steps<P>,
     x: *const u32,
 ) {
     unsafe {
         for step in 0..4 {
-            let weights = w.map(|w| S::load_u32(w.add(step * LANES)));
+            let weights = w.step::<S>(step);
             for r in 0..R {
                 let x = S::splat_i32(*x.add(step * R + r) as i32);
                 for p in 0..P {

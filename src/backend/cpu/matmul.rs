@@ -11,6 +11,7 @@
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
 
 use super::ahead::{LINE, Runs, Shares, Stream};
+use super::code_source;
 use super::few_rows;
 use super::format::{F32, Packed, Plain, UNIT};
 use super::gemv::{GEMV_PANELS, gemv};
@@ -28,10 +29,10 @@ use std::mem::MaybeUninit;
 /// Inputs widened at a time: 2 panels × 128 × 16 float32 = 16 KiB, half of a first-level cache.
 pub(super) const RUN: usize = 128;
 /// Room for a run of a panel in either form.
-const WIDE_RUN: usize = if RUN * LANES > integer::WIDE_RUN {
+const WIDE_RUN: usize = if RUN * LANES > code_source::UNPACKED_RUN {
     RUN * LANES
 } else {
-    integer::WIDE_RUN
+    code_source::UNPACKED_RUN
 };
 /// Rows whose sums are kept beside them: 192 × 32 float32 = 24 KiB.
 pub(super) const ROW_BLOCK: usize = 192;
@@ -225,9 +226,9 @@ impl Task<'_> {
         let (longest, runs_ahead, wide) = match form {
             Form::Float => (RUN, RUNS_AHEAD, [wide, wide.wrapping_add(RUN * LANES)]),
             Form::Quantised => (
-                integer::RUN,
+                code_source::RUN,
                 RUNS_AHEAD,
-                [wide, wide.wrapping_add(integer::WIDE_RUN)],
+                [wide, wide.wrapping_add(code_source::UNPACKED_RUN)],
             ),
             // Read where they lie.
             Form::Halves => (halves::RUN, HALVES_AHEAD, [wide; 2]),
@@ -263,17 +264,15 @@ impl Task<'_> {
         }
         let runs = Runs::new(panels, next_panels, padded, longest);
         while !tiles.is_empty() {
-            // A block of rows is whole tiles; the tiles are at most as tall as the register tile.
-            let tallest = match form {
-                Form::Float => S::TILE_ROWS,
-                Form::Quantised => S::CODE_ROWS,
-                Form::Halves => S::HALF_ROWS,
-            };
-            let block = tiles.len().min(ROW_BLOCK / tallest);
+            // A block of rows is whole tiles.
+            let first_row = tiles[0].first_row;
+            let block =
+                tiles.partition_point(|tile| tile.first_row + tile.rows <= first_row + ROW_BLOCK);
             let (now, rest) = tiles.split_at(block);
-            let base = now[0].first_row;
             let whole = Shares::new(runs.run_bytes(), now.len(), form.steps(longest));
             let rows: usize = now.iter().map(|tile| tile.rows).sum();
+            let direct = now.len() <= code_source::most_unpacking_tiles::<S>()
+                && now[0].rows <= code_source::MOST_UNPACKING_ROWS;
             // SAFETY: `sums` has room for two vectors of each row of the block.
             unsafe { sums.write_bytes(0, rows * 2 * LANES) };
             for run in (0..padded).step_by(longest) {
@@ -282,13 +281,14 @@ impl Task<'_> {
                 // SAFETY: `wide` has room for two runs and is written before it is read, `sums` has
                 // the sums of the block.
                 unsafe {
-                    for (panel, wide) in panels.into_iter().zip(wide) {
+                    let w = runs.start(run / longest);
+                    for (p, wide) in wide.into_iter().enumerate() {
                         match form {
-                            Form::Float => widen::<S>(panel, run, inputs, wide),
-                            Form::Quantised => {
-                                integer::unpack::<S>(panel, run, inputs, wide.cast())
+                            Form::Float => widen::<S>(panels[p], run, inputs, wide),
+                            Form::Quantised if !direct => {
+                                integer::unpack::<S>(panels[p].0, w[p], inputs, wide.cast())
                             }
-                            Form::Halves => {}
+                            _ => {}
                         }
                     }
                     let shares = if inputs == longest {
@@ -302,7 +302,7 @@ impl Task<'_> {
                         }
                         let ahead = shares.of(i, start);
                         let x = self.inputs.tile(*tile, run);
-                        let c = sums.add((tile.first_row - base) * 2 * LANES);
+                        let c = sums.add((tile.first_row - first_row) * 2 * LANES);
                         match form {
                             Form::Float => {
                                 interleaved_tile::<S, F32, true>(
@@ -317,20 +317,16 @@ impl Task<'_> {
                                 );
                             }
                             Form::Quantised => {
-                                let packed = panels.map(|(packed, _)| packed);
-                                let wide = wide.map(|wide| wide.cast_const().cast());
-                                integer::multiply_tile::<S>(
-                                    packed,
-                                    tile.rows,
-                                    x.cast(),
-                                    wide,
-                                    ahead,
-                                    inputs,
-                                    c,
-                                );
+                                let run = integer::Run {
+                                    packed: panels.map(|(packed, _)| packed),
+                                    panels: w,
+                                    unpacked: (!direct)
+                                        .then(|| wide.map(|wide| wide.cast_const().cast())),
+                                };
+                                let x = x.cast();
+                                integer::multiply_tile::<S>(run, tile.rows, x, ahead, inputs, c);
                             }
                             Form::Halves => {
-                                let w = runs.start(run / longest);
                                 let x = x.cast();
                                 halves::multiply_tile::<S>(tile.rows, x, w, ahead, inputs, c);
                             }
@@ -341,7 +337,7 @@ impl Task<'_> {
             for tile in now {
                 for row in tile.first_row..tile.first_row + tile.rows {
                     // SAFETY: written above.
-                    unsafe { self.finish::<S>(pair, row, sums.add((row - base) * 2 * LANES)) };
+                    unsafe { self.finish::<S>(pair, row, sums.add((row - first_row) * 2 * LANES)) };
                 }
             }
             tiles = rest;

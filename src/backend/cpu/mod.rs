@@ -5,6 +5,7 @@ pub mod attention;
 mod attention_block;
 mod attention_float;
 mod attention_halves;
+mod code_source;
 mod few_rows;
 mod filter;
 mod format;
