@@ -2,9 +2,9 @@
 //!
 //! X is interleaved into tiles of as many rows as the register tile has, its norm applied on the way
 //! ([`Inputs`]). A task is a pair of weight panels (32 outputs). For few tiles, plain weights are
-//! widened in registers and multiplied at once. Else a run of inputs of the panels is widened into the
-//! first-level cache once and multiplied with every tile. All add along `in_features` one input at a
-//! time, so a row's result has the same bits whichever rows are beside it, however many threads there
+//! widened in registers and multiplied at once, and codes unpacked. Else a run of inputs of the panels is
+//! widened into the first-level cache once and multiplied with every tile. All add along `in_features`
+//! one input at a time, so a row's result has the same bits whichever rows are beside it, however many threads there
 //! are.
 //!
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
