@@ -25,11 +25,18 @@ install_packages() {
 build_llama_cpp() {
     local isa=$1 model=$2 missing=() targets=() folder=$sources/build flags=(-DGGML_NATIVE=ON) status=0
     shift 2
-    if [[ $isa != native ]]; then
+    case $isa in
+    native) ;;
+    avx2 | avx-vnni)
         folder=$sources/build-$isa
         flags=(-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON)
         [[ $isa != avx-vnni ]] || flags+=(-DGGML_AVX_VNNI=ON)
-    fi
+        ;;
+    *)
+        echo "error: --isa is native, avx2 or avx-vnni, not '$isa'." >&2
+        exit 2
+        ;;
+    esac
     llama=$folder/bin
     for program in "$@"; do
         targets+=(--target "$program")

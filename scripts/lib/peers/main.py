@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
     parser.add_argument(
         "--isa",
-        choices=["native", "avx2", "avx-vnni"],
+        choices=list(SECTIONS),
         default="native",
         help="avx2: all engines as on a processor with AVX2, FMA and F16C and nothing newer; "
         "avx-vnni: and with AVX-VNNI (default: native)",

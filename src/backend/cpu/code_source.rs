@@ -5,6 +5,7 @@
 //! cache.
 
 use super::format::{CodeLayout, Codes, QUADS, SPAN, UNIT};
+use super::inputs::Tile;
 use super::integer_tile::Steps;
 use super::simd::{LANES, Products, Simd};
 use std::marker::PhantomData;
@@ -14,17 +15,18 @@ pub(super) const RUN: usize = 256;
 /// Words of a run of a panel, at most.
 pub(super) const UNPACKED_RUN: usize = RUN / SPAN * (2 * QUADS + 3) * LANES;
 
-/// Most tiles that each unpack on the way; it costs nothing where codes are multiplied as the bytes that they
-/// are.
-pub(super) const fn most_unpacking_tiles<S: Simd>() -> usize {
-    match S::PRODUCTS {
+/// Most rows of a tile that unpacks on the way. (Six take a tenth longer than with what was unpacked before.)
+const MOST_UNPACKING_ROWS: usize = 5;
+
+/// Whether these tiles, the first of them the tallest, each unpack on the way. Two do where codes are
+/// multiplied as bytes, which takes less than to make halves of them.
+pub(super) fn unpack_on_the_way<S: Simd>(tiles: &[Tile]) -> bool {
+    let most_tiles = match S::PRODUCTS {
         Products::Halves => 1,
         _ => 2,
-    }
+    };
+    tiles.len() <= most_tiles && tiles[0].rows <= MOST_UNPACKING_ROWS
 }
-/// Their most rows: taller ones want their registers for sums. (Six rows would take a tenth longer than with
-/// what was unpacked before.)
-pub(super) const MOST_UNPACKING_ROWS: usize = 5;
 
 /// Vectors of codes in a span of a panel: bytes, or twice as many as halves of a lane.
 pub(super) const fn vectors<S: Simd>() -> usize {
@@ -100,7 +102,7 @@ pub(super) struct FromPanels<F, const P: usize> {
     format: PhantomData<F>,
 }
 
-impl<F: Codes + Copy, const P: usize> FromPanels<F, P> {
+impl<F: Codes, const P: usize> FromPanels<F, P> {
     /// From the beginning of a block of each panel on.
     pub fn new(blocks: [*const u8; P]) -> Self {
         FromPanels {
@@ -126,7 +128,7 @@ impl<F: Codes + Copy, const P: usize> FromPanels<F, P> {
     }
 }
 
-impl<F: Codes + Copy> FromPanels<F, 1> {
+impl<F: Codes> FromPanels<F, 1> {
     /// Puts the span, as [`Unpacked`] reads it.
     ///
     /// # Safety
@@ -162,7 +164,7 @@ impl<F: Codes + Copy> FromPanels<F, 1> {
 // Loops rather than closures over vectors: a closure that is not inlined is compiled without the
 // instruction set of the kernel around it.
 // SAFETY: reads the span.
-unsafe impl<F: Codes + Copy, const P: usize> Source<P> for FromPanels<F, P> {
+unsafe impl<F: Codes, const P: usize> Source<P> for FromPanels<F, P> {
     const SCALES: usize = F::LAYOUT.scales;
     const MINIMUM: bool = F::LAYOUT.minimum;
     const MOST_ROWS: usize = MOST_UNPACKING_ROWS;

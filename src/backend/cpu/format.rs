@@ -168,7 +168,7 @@ pub(super) unsafe trait Plain: Format {
 ///
 /// # Safety
 /// As [`Format`].
-pub(super) unsafe trait Codes: Format {
+pub(super) unsafe trait Codes: Format + Copy {
     const LAYOUT: CodeLayout;
 
     /// The two quads of unit `unit` of a block.

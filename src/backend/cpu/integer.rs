@@ -271,7 +271,7 @@ struct Unpack<F> {
     unpacked: *mut u32,
 }
 
-impl<F: Codes + Copy> Kernel for Unpack<F> {
+impl<F: Codes> Kernel for Unpack<F> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
@@ -279,7 +279,6 @@ impl<F: Codes + Copy> Kernel for Unpack<F> {
             mut panel,
             spans,
             mut unpacked,
-            ..
         } = self;
         for _ in 0..spans {
             // SAFETY: passed on.

@@ -4,8 +4,8 @@
 //! ([`Inputs`]). A task is a pair of weight panels (32 outputs). For few tiles, plain weights are
 //! widened in registers and multiplied at once, and codes unpacked. Else a run of inputs of the panels is
 //! widened into the first-level cache once and multiplied with every tile. All add along `in_features`
-//! one input at a time, so a row's result has the same bits whichever rows are beside it, however many threads there
-//! are.
+//! one input at a time, so a row's result has the same bits whichever rows are beside it, however many
+//! threads there are.
 //!
 //! What bounds it: memory bandwidth for a few rows; for many, the multiply-adds: per input a tile
 //! takes `rows × panels` of them, `panels` loads and `rows` broadcasts.
@@ -271,8 +271,7 @@ impl Task<'_> {
             let (now, rest) = tiles.split_at(block);
             let whole = Shares::new(runs.run_bytes(), now.len(), form.steps(longest));
             let rows: usize = now.iter().map(|tile| tile.rows).sum();
-            let direct = now.len() <= code_source::most_unpacking_tiles::<S>()
-                && now[0].rows <= code_source::MOST_UNPACKING_ROWS;
+            let direct = code_source::unpack_on_the_way::<S>(now);
             // SAFETY: `sums` has room for two vectors of each row of the block.
             unsafe { sums.write_bytes(0, rows * 2 * LANES) };
             for run in (0..padded).step_by(longest) {

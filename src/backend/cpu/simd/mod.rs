@@ -357,27 +357,27 @@ impl Isa {
 
     /// Rows of the register tile of this instruction set.
     pub fn tile_rows(self) -> usize {
-        self.dispatch(TileRows)
+        self.dispatch(Constants).tile_rows
     }
 
     /// Whether integer products pay: see [`Simd::PRODUCTS`].
     pub fn has_integer_products(self) -> bool {
-        self.dispatch(HasProducts)
+        self.dispatch(Constants).integer_products
     }
 
     /// Whether products of halves pay: see [`Simd::HALVES`].
     pub fn has_half_products(self) -> bool {
-        self.dispatch(HasHalves)
+        self.dispatch(Constants).half_products
     }
 
     /// Rows of the register tile of products of codes.
     pub fn code_rows(self) -> usize {
-        self.dispatch(CodeRows)
+        self.dispatch(Constants).code_rows
     }
 
     /// Rows of the register tile of products of halves.
     pub fn half_rows(self) -> usize {
-        self.dispatch(HalfRows)
+        self.dispatch(Constants).half_rows
     }
 
     /// Runs a kernel, compiled for this instruction set.
@@ -402,48 +402,27 @@ impl Isa {
 }
 
 /// Constants of [`Simd`], asked for at run time.
-struct TileRows;
-impl Kernel for TileRows {
-    type Output = usize;
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> usize {
-        S::TILE_ROWS
-    }
+struct Constants;
+
+struct ConstantsOfSimd {
+    tile_rows: usize,
+    integer_products: bool,
+    half_products: bool,
+    code_rows: usize,
+    half_rows: usize,
 }
 
-struct HasProducts;
-impl Kernel for HasProducts {
-    type Output = bool;
+impl Kernel for Constants {
+    type Output = ConstantsOfSimd;
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> bool {
-        !matches!(S::PRODUCTS, Products::None)
-    }
-}
-
-struct HasHalves;
-impl Kernel for HasHalves {
-    type Output = bool;
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> bool {
-        S::HALVES
-    }
-}
-
-struct CodeRows;
-impl Kernel for CodeRows {
-    type Output = usize;
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> usize {
-        S::CODE_ROWS
-    }
-}
-
-struct HalfRows;
-impl Kernel for HalfRows {
-    type Output = usize;
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> usize {
-        S::HALF_ROWS
+    unsafe fn run<S: Simd>(self) -> ConstantsOfSimd {
+        ConstantsOfSimd {
+            tile_rows: S::TILE_ROWS,
+            integer_products: !matches!(S::PRODUCTS, Products::None),
+            half_products: S::HALVES,
+            code_rows: S::CODE_ROWS,
+            half_rows: S::HALF_ROWS,
+        }
     }
 }
 

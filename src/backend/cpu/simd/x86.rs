@@ -218,8 +218,8 @@ unsafe impl Simd for Avx512 {
 }
 
 // Sums of products by hand. Of the intrinsics for halves the compiler makes trees of additions, to have
-// shorter chains: more sums than there are registers, and two instructions for one. Those for bytes it takes
-// apart no less: with them tiles take a tenth to a quarter longer.
+// shorter chains: more sums than there are registers, and two instructions for one. With those for bytes
+// tiles take a tenth to a quarter longer.
 
 macro_rules! sum_of_products {
     ($name:ident, $instruction:literal, $register:ident, $vector:ty, $features:literal, $run:literal) => {
